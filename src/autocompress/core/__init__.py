@@ -1,0 +1,1 @@
+"""Types, errors, registry and JSON codec: the layer that knows no other."""

@@ -1,0 +1,275 @@
+"""The vocabulary: the few records and protocols that every layer shares.
+
+Nothing here imports torch at run time, so that `import autocompress` stays fast.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+@dataclass(frozen=True)
+class Split:
+    """Labelled images, decoded once.
+
+    Attributes:
+        images: uint8, shape (N, C, H, W); may be memory-mapped.
+        labels: int64, shape (N,), class numbers from 0.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Three disjoint splits and how their pixels become a model's input.
+
+    A model sees `(image / 255 - mean) / std`, float32, shape (N, C, H, W).
+
+    Attributes:
+        train: for training and for calibration.
+        search: the only split that the search scores candidates on.
+        test: held out; only a finished front is measured on it.
+        classes: class names, in label order.
+        mean, std: per channel, in units of the full pixel range.
+        shift: random shift in pixels used as augmentation in training; 0 for none.
+        flip: whether mirrored images are as likely as the originals.
+    """
+
+    name: str
+    train: Split
+    search: Split
+    test: Split
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    shift: int = 0
+    flip: bool = False
+
+    def split(self, name: str) -> Split:
+        """Return the split called `name`: "train", "search" or "test"."""
+        return {"train": self.train, "search": self.search, "test": self.test}[name]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        _, channels, height, width = self.train.images.shape
+        return channels, height, width
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is compressed, and the data that says how good a result is.
+
+    Attributes:
+        name: shown in reports, e.g. "resnet20 on cifar10".
+        build: returns a fresh copy of the trained model, in eval mode, on the CPU.
+        data: the splits.
+        trained: False where the weights are random, so that accuracy means nothing.
+    """
+
+    name: str
+    build: Callable[[], torch.nn.Module]
+    data: Data
+    trained: bool = True
+
+
+@runtime_checkable
+class Operator(Protocol):
+    """One compression step: a frozen dataclass whose fields are its settings, seeds included.
+
+    Attributes:
+        rank: place in the fixed order of a plan (20 prune, 30 fine-tune, 50 quantize).
+        retrains: True where the result is the same model with other weights, at a cost worth caching.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def retrains(self) -> bool: ...
+
+    def __call__(self, model: torch.nn.Module, task: Task) -> torch.nn.Module:
+        """Return the changed model; may change `model` in place."""
+
+
+Plan = tuple[Operator, ...]
+
+
+class Chooser(Protocol):
+    """What a space asks for its values; an `optuna.Trial` is one."""
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int: ...
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float: ...
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
+
+
+class Space(Protocol):
+    """A function of the trial: asks `choose` for values and returns a plan."""
+
+    def __call__(self, choose: Chooser) -> Plan: ...
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan with the choices that led to it.
+
+    Attributes:
+        plan: ordered compression steps; () is the untouched model.
+        params: what the sampler chose, by parameter name.
+    """
+
+    plan: Plan
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Hash of the plan, seeds of its operators included; one key is one piece of work."""
+        from .codec import plan_key
+
+        return plan_key(self.plan)
+
+
+class Method(enum.StrEnum):
+    """How a number was obtained; only MEASURED ran on the device."""
+
+    MEASURED = "measured"
+    SIMULATED = "simulated"
+    COMPILED = "compiled"
+    LOOKED_UP = "looked-up"
+    PREDICTED = "predicted"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a number comes from.
+
+    Attributes:
+        device: e.g. "AMD EPYC, 2 threads".
+        runtime: e.g. "openvino 2026.4.1".
+        taken_at: ISO 8601, UTC.
+    """
+
+    method: Method
+    device: str
+    runtime: str
+    taken_at: str
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One figure in SI units (seconds, bytes; accuracies as fractions of 1).
+
+    Attributes:
+        ci95: low and high end of the 95 % confidence interval; None where unknown or exact.
+        samples: how many observations stand behind the value.
+    """
+
+    name: str
+    value: float
+    unit: str
+    ci95: tuple[float, float] | None
+    samples: int
+    provenance: Provenance
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file that one runtime loads."""
+
+    runtime: str
+    path: Path
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What really runs on a target.
+
+    Attributes:
+        bits: bit-widths that its kernels compute in or store; lower ones are simulated.
+        metrics: names of the measurements that the backend's `measure` returns.
+        outputs: which layers' outputs its int8 kernels want rounded (see `Quantize.outputs`).
+        notes: what a person should know, one line each.
+    """
+
+    bits: tuple[int, ...]
+    metrics: tuple[str, ...]
+    outputs: str = "none"
+    notes: tuple[str, ...] = ()
+
+
+class Backend(Protocol):
+    """A device with a runtime: builds files for it, runs them, and measures them."""
+
+    @property
+    def name(self) -> str:
+        """Such as "x86/openvino"."""
+        ...
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    def missing(self) -> str | None:
+        """What is not here and how to get it; None where everything is."""
+        ...
+
+    def build(self, model: torch.nn.Module, task: Task, folder: Path) -> Artifact:
+        """Write the deployable file into `folder`."""
+        ...
+
+    def predict(self, artifact: Artifact, images: np.ndarray) -> np.ndarray:
+        """Logits (N, classes) of float32 images (N, C, H, W), computed by the runtime."""
+        ...
+
+    def measure(self, artifact: Artifact, task: Task, reference: Artifact | None) -> list[Measurement]:
+        """Time the file for single images, interleaved with `reference` where one is given."""
+        ...
+
+
+class State(enum.StrEnum):
+    """What became of a candidate."""
+
+    COMPLETE = "complete"
+    INFEASIBLE = "infeasible"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The recorded result of one candidate; a failure is a result too.
+
+    Attributes:
+        measurements: by metric name; partial where the candidate failed or was rejected early.
+        reason: why it is infeasible or failed; "" for complete ones.
+        violations: one number per constraint, in the order of the study; > 0 means violated, None unknown.
+        artifact: the deployable file; None where none was built.
+        seconds: wall-clock time spent on it.
+        baseline: "untouched", "uniform int8", ... for the models that a search must beat; "" otherwise.
+    """
+
+    candidate: Candidate
+    state: State
+    measurements: Mapping[str, Measurement] = field(default_factory=dict)
+    reason: str = ""
+    violations: tuple[float | None, ...] = ()
+    artifact: Artifact | None = None
+    seconds: float = 0.0
+    baseline: str = ""
