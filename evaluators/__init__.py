@@ -1,0 +1,1 @@
+"""From a candidate to its figures: the pipeline, the objectives and their limits."""

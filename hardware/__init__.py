@@ -1,0 +1,1 @@
+"""Devices and runtimes: what turns a model into a file for a target, runs it there and measures it."""

@@ -1,0 +1,174 @@
+"""What a search optimises, and the limits that it must keep."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..core.errors import InputError, unknown
+from ..core.registry import OBJECTIVES
+from ..core.types import Artifact, Backend, Measurement, Task
+
+
+@dataclass(frozen=True)
+class Built:
+    """What an objective of one's own is computed from."""
+
+    task: Task
+    artifact: Artifact
+    backend: Backend
+    measurements: Mapping[str, Measurement]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One figure with a direction.
+
+    Attributes:
+        direction: "minimize" or "maximize".
+        unit: SI unit of the figure; "" for shares.
+        cost: "cheap" where it is known from the cut model alone, "costly" otherwise.
+        function: computes it; None for the figures that every evaluation has anyway.
+    """
+
+    name: str
+    direction: str
+    unit: str
+    cost: str = "costly"
+    function: Callable[[Built], Measurement] | None = None
+
+    def better(self, a: float, b: float) -> bool:
+        """Whether `a` is strictly better than `b`."""
+        return a > b if self.direction == "maximize" else a < b
+
+
+for _entry in (
+    Objective("accuracy", "maximize", ""),
+    Objective("loss", "minimize", ""),
+    Objective("calibration_error", "minimize", ""),
+    Objective("latency", "minimize", "s"),
+    Objective("throughput", "maximize", "1/s"),
+    Objective("memory", "minimize", "B"),
+    Objective("size", "minimize", "B"),
+    Objective("parameters", "minimize", "", cost="cheap"),
+    Objective("macs", "minimize", "", cost="cheap"),
+):
+    OBJECTIVES.add(_entry.name, _entry)
+
+_SCALES = {
+    "s": {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6},
+    "B": {"": 1.0, "B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
+    "1/s": {"": 1.0, "/s": 1.0},
+    "": {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9},
+}
+_PATTERN = re.compile(r"^\s*([a-z_]+)\s*(<=|>=)\s*([+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)\s*([A-Za-zµ%/]*)\s*$")
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A limit on one objective, as written by the user.
+
+    Attributes:
+        text: "latency<=50%", "accuracy>=-1pt", "size<=200kB".
+        kind: "absolute" (SI units), "percent" (of the untouched model) or "points" (hundredths added to it).
+    """
+
+    text: str
+    name: str
+    at_most: bool
+    value: float
+    kind: str
+
+    def limit(self, baseline: Mapping[str, Measurement]) -> float:
+        """The limit in SI units, given the untouched model's figures."""
+        if self.kind == "absolute":
+            return self.value
+        base = baseline[self.name].value
+        return base * self.value if self.kind == "percent" else base + self.value
+
+    def violation(self, value: float, baseline: Mapping[str, Measurement]) -> float:
+        """How far `value` is beyond the limit, as a share of the limit; 0 or less keeps it."""
+        limit = self.limit(baseline)
+        over = value - limit if self.at_most else limit - value
+        return over / max(abs(limit), 1e-12)
+
+
+def parse_objectives(names: Sequence[str], backend: Backend) -> tuple[Objective, ...]:
+    """Objectives by name; raises InputError for unknown or repeated ones, and for those that the target lacks."""
+    if not names:
+        raise InputError("objectives: at least one is needed, such as accuracy latency size")
+    repeated = sorted({name for name in names if list(names).count(name) > 1})
+    if repeated:
+        raise InputError(f"objectives: {', '.join(repeated)} given more than once")
+    found = tuple(OBJECTIVES.get(name) for name in names)
+    for objective in found:
+        check_metric(objective.name, backend)
+    return found
+
+
+def check_metric(name: str, backend: Backend) -> None:
+    """Raise InputError where only a device gives this figure and `backend` does not."""
+    device_only = {"latency", "throughput", "memory"}
+    if name in device_only and name not in backend.capabilities.metrics:
+        raise InputError(f"target {backend.name} gives no {name}; it gives {', '.join(backend.capabilities.metrics)}")
+
+
+def parse_constraint(text: str) -> Constraint:
+    """Read "latency<=50%" (of the untouched model), "accuracy>=-1pt" (points from it) or "size<=200kB".
+
+    Raises:
+        InputError: not of that form, unknown name or unit, or no model could ever keep it.
+    """
+    match = _PATTERN.match(text)
+    if match is None:
+        raise InputError(
+            f"constraint '{text}': expected NAME<=VALUE or NAME>=VALUE, such as latency<=50%, accuracy>=-1pt, size<=200kB"
+        )
+    name, sign, number, unit = match.groups()
+    objective: Objective = OBJECTIVES.get(name)
+    at_most, value = sign == "<=", float(number)
+    if unit == "%":
+        kind, value = "percent", value / 100
+    elif unit == "pt":
+        kind, value = "points", value / 100
+    else:
+        scales = _SCALES.get(objective.unit, {"": 1.0})
+        if unit not in scales:
+            raise unknown(f"unit in constraint '{text}':", unit, [key for key in scales if key] + ["%", "pt"])
+        kind, value = "absolute", value * scales[unit]
+    constraint = Constraint(text, name, at_most, value, kind)
+    _check_possible(constraint)
+    return constraint
+
+
+def _check_possible(constraint: Constraint) -> None:
+    share = constraint.name in ("accuracy", "calibration_error")
+    if constraint.kind == "absolute":
+        if constraint.at_most and constraint.value <= 0 and not share:
+            raise InputError(f"constraint '{constraint.text}' is impossible: {constraint.name} is always above 0")
+        if share and not constraint.at_most and constraint.value > 1:
+            raise InputError(
+                f"constraint '{constraint.text}' is impossible: {constraint.name} is a share and at most 1 "
+                f"(write {constraint.name}>={constraint.value / 100:g}, or -1pt for points from the untouched model)"
+            )
+    if constraint.kind == "percent" and constraint.at_most and constraint.value <= 0:
+        raise InputError(f"constraint '{constraint.text}' is impossible: nothing is below 0 % of the untouched model")
+
+
+def check_constraints(constraints: Sequence[Constraint], baseline: Mapping[str, Measurement]) -> None:
+    """Raise InputError for limits that can't be kept together, or not at all, given the untouched model's figures."""
+    bounds: dict[str, list[Constraint]] = {}
+    for constraint in constraints:
+        limit = constraint.limit(baseline)
+        if constraint.name == "accuracy" and not constraint.at_most and limit > 1:
+            raise InputError(
+                f"constraint '{constraint.text}' is impossible: it asks for an accuracy of {limit:.1%} "
+                f"(the untouched model has {baseline['accuracy'].value:.1%})"
+            )
+        bounds.setdefault(constraint.name, []).append(constraint)
+    for name, group in bounds.items():
+        highest = min((c.limit(baseline) for c in group if c.at_most), default=float("inf"))
+        lowest = max((c.limit(baseline) for c in group if not c.at_most), default=float("-inf"))
+        if lowest > highest:
+            raise InputError(f"constraints on {name} contradict each other: {', '.join(c.text for c in group)}")

@@ -1,0 +1,261 @@
+"""One candidate's way: cheap figures first, then training, the file, its accuracy, and the target."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..core.codec import check_order, plan_key
+from ..core.errors import AutocompressError, CandidateError
+from ..core.lane import LANE
+from ..core.types import (
+    Artifact,
+    Backend,
+    Candidate,
+    Evaluation,
+    Measurement,
+    Method,
+    Plan,
+    Provenance,
+    State,
+    Task,
+)
+from .objectives import Built, Constraint, Objective
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Relative deviation of the runtime's logits from PyTorch's beyond which a file counts as broken.
+FLOAT_PARITY, ROUNDED_PARITY = 0.01, 0.5
+PARITY_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Turns candidates into evaluations, for one task and target; sent to every worker once.
+
+    Attributes:
+        folder: run folder; files go to `artifacts/KEY/`, trained weights to `cache/`.
+        baseline: measurements and file of the untouched model, for relative limits and interleaving.
+    """
+
+    task: Task
+    backend: Backend
+    objectives: tuple[Objective, ...]
+    constraints: tuple[Constraint, ...]
+    folder: Path
+    baseline: Evaluation | None = None
+
+    def __call__(self, candidate: Candidate) -> Evaluation:
+        """Evaluate; failures of the candidate come back as a result with a reason."""
+        started = time.perf_counter()
+        found: dict[str, Measurement] = {}
+        try:
+            with LANE.shared():
+                evaluation = self._evaluate(candidate, found)
+        except (AutocompressError, MemoryError, RuntimeError, TimeoutError) as error:
+            # RuntimeError is what torch and the runtimes raise for shapes, memory and kernels.
+            evaluation = Evaluation(candidate, State.FAILED, found, reason=describe_error(error))
+        return dataclasses.replace(evaluation, seconds=time.perf_counter() - started)
+
+    def _evaluate(self, candidate: Candidate, found: dict[str, Measurement]) -> Evaluation:
+        check_order(candidate.plan)
+        model = self.task.build()
+        training = next((i for i, step in enumerate(candidate.plan) if step.retrains), len(candidate.plan))
+        for step in candidate.plan[:training]:
+            model = step(model, self.task)
+        found.update(cheap_figures(model, self.task))
+        bound = self._size_bound(model, candidate.plan)
+        reason = self._violated(found) or self._violated({"size": bound}, early="at least ")
+        if reason:
+            return Evaluation(candidate, State.INFEASIBLE, found, reason, self._violations(found))
+        if training < len(candidate.plan) and self._limits_hardware():
+            reason, trial = self._too_slow(model, candidate, training)
+            if reason:
+                return Evaluation(candidate, State.INFEASIBLE, {**found, **trial}, reason, self._violations({**found, **trial}))
+        for position, step in enumerate(candidate.plan[training:], training):
+            model = self._cached(model, candidate.plan[: position + 1]) if step.retrains else step(model, self.task)
+        artifact = self.backend.build(model, self.task, self.folder / "artifacts" / candidate.key)
+        self._size(artifact, found)
+        self._check_parity(model, artifact, candidate.plan, found)
+        found.update(self.accuracy(artifact, candidate.plan, "search"))
+        reference = self.baseline.artifact if self.baseline and candidate.plan else None
+        found.update({m.name: m for m in self.backend.measure(artifact, self.task, reference)})
+        for objective in self.objectives:
+            if objective.function is not None:
+                found[objective.name] = objective.function(Built(self.task, artifact, self.backend, found))
+        reason = self._violated(found)
+        state = State.INFEASIBLE if reason else State.COMPLETE
+        return Evaluation(candidate, state, found, reason, self._violations(found), artifact)
+
+    def again(self, evaluation: Evaluation, split: str) -> dict[str, Measurement]:
+        """Measure a finished candidate's file once more: accuracy on `split`, and the target's figures."""
+        artifact = evaluation.artifact
+        if artifact is None or not artifact.path.is_file():
+            raise CandidateError("its file is gone from the run folder")
+        with LANE.shared():
+            kept = {n: m for n, m in evaluation.measurements.items() if n in ("parameters", "macs", "size", "parity")}
+            found = kept | self.accuracy(artifact, evaluation.candidate.plan, split)
+            reference = self.baseline.artifact if self.baseline and evaluation.candidate.plan else None
+            found.update({m.name: m for m in self.backend.measure(artifact, self.task, reference)})
+            for objective in self.objectives:
+                if objective.function is not None:
+                    found[objective.name] = objective.function(Built(self.task, artifact, self.backend, found))
+        return found
+
+    def accuracy(self, artifact: Artifact, plan: Plan, split: str) -> dict[str, Measurement]:
+        """Accuracy, loss and calibration error of the file on `split`, as the target's runtime computes them."""
+        import numpy as np
+
+        from ..hardware.device import provenance
+        from ..tasks.data import normalise
+        from .metrics import score
+
+        part = self.task.data.split(split)
+        # Normalised in pieces: float32 takes four times the memory of the stored pixels.
+        pieces = [
+            self.backend.predict(artifact, normalise(self.task.data, part.images[start : start + 1024]))
+            for start in range(0, len(part), 1024)
+        ]
+        method = Method.SIMULATED if lowest_bits(plan) < min(self.backend.capabilities.bits) else Method.MEASURED
+        return score(np.concatenate(pieces), part.labels, provenance(self.backend.name, 1, method))
+
+    def _cached(self, model: nn.Module, prefix: Plan) -> nn.Module:
+        """Run the last, retraining step of `prefix`, or load what an earlier candidate with this prefix learnt."""
+        from safetensors.torch import load_file, save_file
+
+        path = self.folder / "cache" / f"{plan_key(prefix)}.safetensors"
+        if path.is_file():
+            model.load_state_dict(load_file(path))
+            return model.eval()
+        model = prefix[-1](model, self.task)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, part)
+        part.replace(path)
+        return model
+
+    def _size(self, artifact: Artifact, found: dict[str, Measurement]) -> None:
+        from ..hardware.device import provenance
+
+        source = provenance(self.backend.name, 1)
+        found["size"] = Measurement("size", float(artifact.size_bytes), "B", None, 1, source)
+
+    def _size_bound(self, model: nn.Module, plan: Plan) -> Measurement:
+        """Bytes of the weights alone, at the plan's bit-widths: less than any file of this candidate."""
+        from ..hardware.device import provenance
+
+        stored = 8 * max(1, -(-lowest_bits(plan) // 8))
+        weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
+        return Measurement("size", weights * stored / 8, "B", None, 1, provenance("computed", 1, Method.PREDICTED))
+
+    def _limits_hardware(self) -> bool:
+        return self.baseline is not None and any(c.name in self.backend.capabilities.metrics for c in self.constraints)
+
+    def _too_slow(self, model: nn.Module, candidate: Candidate, training: int) -> tuple[str, Mapping[str, Measurement]]:
+        """Build and time the candidate before it is trained: its speed does not depend on what it learns."""
+        import copy
+
+        draft = copy.deepcopy(model)
+        for step in candidate.plan[training:]:
+            draft = draft if step.retrains else step(draft, self.task)
+        artifact = self.backend.build(draft, self.task, self.folder / "artifacts" / f"{candidate.key}.draft")
+        try:
+            reference = self.baseline.artifact if self.baseline else None
+            found = {m.name: m for m in self.backend.measure(artifact, self.task, reference)}
+        finally:
+            artifact.path.unlink(missing_ok=True)
+            artifact.path.parent.rmdir()
+        return self._violated(found, early="before training "), found
+
+    def _check_parity(self, model: nn.Module, artifact: Artifact, plan: Plan, found: dict[str, Measurement]) -> None:
+        """Compare the runtime's logits with PyTorch's; a file that computes something else is a failure."""
+        import torch
+
+        from ..hardware.device import provenance
+        from ..tasks.data import normalise
+        from .metrics import parity_error
+
+        images = normalise(self.task.data, self.task.data.search.images[:PARITY_IMAGES])
+        with torch.no_grad():
+            expected = model.eval()(torch.from_numpy(images)).numpy()
+        error = parity_error(expected, self.backend.predict(artifact, images))
+        source = provenance(self.backend.name, 1)
+        found["parity"] = Measurement("parity", error, "", None, len(images), source)
+        limit = FLOAT_PARITY if lowest_bits(plan) == 32 else ROUNDED_PARITY
+        if not error <= limit:
+            raise CandidateError(
+                f"{self.backend.name} computes something else than PyTorch: the logits deviate by {error:.1%} "
+                f"(allowed: {limit:.0%})"
+            )
+
+    def _violations(self, found: Mapping[str, Measurement]) -> tuple[float | None, ...]:
+        base = self.baseline.measurements if self.baseline else found
+        return tuple(c.violation(found[c.name].value, base) if c.name in found else None for c in self.constraints)
+
+    def _violated(self, found: Mapping[str, Measurement], early: str = "") -> str:
+        if self.baseline is None:
+            return ""
+        base = self.baseline.measurements
+        for constraint in self.constraints:
+            measured = found.get(constraint.name)
+            if measured is not None and constraint.violation(measured.value, base) > 0:
+                from .units import show
+
+                unit = measured.unit
+                return (
+                    f"{constraint.text}: {constraint.name} is {early}{show(constraint.name, measured.value, unit)}, "
+                    f"the limit is {show(constraint.name, constraint.limit(base), unit)}"
+                )
+        return ""
+
+
+def cheap_figures(model: nn.Module, task: Task) -> dict[str, Measurement]:
+    """Parameters and multiply-accumulates for one image; exact, and known before any training."""
+    import torch
+
+    from ..compression.graph import find_layers
+
+    parameters = sum(p.numel() for p in model.parameters())
+    macs = sum(layer.macs for layer in find_layers(model, torch.zeros(1, *task.data.image_shape)))
+    source = Provenance(Method.MEASURED, "any", "counted", "")
+    return {
+        "parameters": Measurement("parameters", float(parameters), "", None, 1, source),
+        "macs": Measurement("macs", float(macs), "", None, 1, source),
+    }
+
+
+def lowest_bits(plan: Plan) -> int:
+    """The smallest bit-width that a plan gives to any layer; 32 for plans that do not quantize."""
+    found = [32]
+    for step in plan:
+        bits = getattr(step, "bits", 32)
+        found += list(bits.values()) if isinstance(bits, Mapping) else [bits]
+    return min(found)
+
+
+def describe_error(error: BaseException) -> str:
+    """One line: our own errors speak for themselves, others are named."""
+    lines = str(error).strip().splitlines()
+    first = lines[0][:300] if lines else ""
+    if isinstance(error, AutocompressError):
+        return first
+    if isinstance(error, MemoryError) or "can't allocate memory" in first:
+        return f"out of memory: {first}" if first else "out of memory"
+    return f"{type(error).__name__}: {first}"
+
+
+def baseline_plans(backend: Backend, finetune_steps: int, seed: int) -> dict[str, Plan]:
+    """The plans that any search must beat, by name; the untouched model comes first."""
+    from ..compression import Finetune, Prune, Quantize
+
+    plans: dict[str, Plan] = {"untouched": ()}
+    if 8 in backend.capabilities.bits:
+        plans["uniform int8"] = (Quantize(8, outputs=backend.capabilities.outputs),)
+    plans["uniform pruning"] = (Prune(0.5), Finetune(finetune_steps, seed=seed)) if finetune_steps else (Prune(0.5),)
+    return plans

@@ -1,0 +1,171 @@
+"""Backends for the CPU of this machine: ONNX Runtime and OpenVINO."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..core.errors import CandidateError, InputError
+from ..core.lane import LANE, pause_point
+from ..core.registry import backend
+from ..core.types import Artifact, Capabilities, Measurement, Method, Task
+from .device import has_bf16, has_int8_dot, provenance, usable_cores
+from .onnx_export import bits_in_graph, export_onnx
+from .runtimes import RUNTIMES
+from .statistics import median_interval
+
+METRICS = ("latency", "throughput", "memory")
+
+
+@dataclass(frozen=True)
+class CpuBackend:
+    """One runtime on this machine's CPU; a file runs in bfloat16 if it has 16-bit layers and the CPU can.
+
+    Attributes:
+        runtime: "onnxruntime" or "openvino".
+        threads: cores that a measurement is pinned to; 0 for all that this process may use.
+        repeats: timed runs of a file at least; quick models get more, for up to `budget` seconds.
+        limit: seconds after which a measurement counts as hanging.
+    """
+
+    runtime: str
+    threads: int = 0
+    repeats: int = 30
+    budget: float = 0.3
+    limit: float = 300.0
+
+    @property
+    def name(self) -> str:
+        return f"x86/{self.runtime}"
+
+    @property
+    def capabilities(self) -> Capabilities:
+        notes = [
+            "int8 dot products: " + ("yes" if has_int8_dot() else "no, int8 may be slower than float"),
+        ]
+        if self.runtime == "openvino":
+            notes.append("16-bit layers run in bfloat16" if has_bf16() else "no bfloat16: 16-bit layers run in float32")
+            # A rounded output that several operations take is needed for right results: OpenVINO 2026.4 fuses
+            # an int8 convolution with the additions behind it as if its values were unsigned.
+            return Capabilities((32, 16, 8), METRICS, "shared", tuple(notes))
+        notes.append("16-bit layers are stored as float16 and run in float32")
+        return Capabilities((32, 16, 8), METRICS, "all", tuple(notes))
+
+    def missing(self) -> str | None:
+        """What is not here and how to get it."""
+        if platform.machine() not in ("x86_64", "AMD64"):
+            return f"{self.name} needs an x86-64 processor; this one is {platform.machine()}"
+        if importlib.util.find_spec(self.runtime) is None:
+            return f"{self.name} needs the package {self.runtime}: pip install {self.runtime}"
+        return None
+
+    def build(self, model: object, task: Task, folder: Path) -> Artifact:
+        """Write `model.onnx`, which both runtimes load as it is."""
+        return export_onnx(model, task.data.image_shape, folder / "model.onnx", self.name)  # type: ignore[arg-type]
+
+    def predict(self, artifact: Artifact, images: np.ndarray) -> np.ndarray:
+        """Logits (N, classes) of float32 images (N, C, H, W), in batches, on this process's share of the cores."""
+        import torch
+
+        size = min(len(images), max(1, min(128, int(2e7 / images[0].size))))
+        try:
+            run = RUNTIMES[self.runtime](str(artifact.path), size, torch.get_num_threads(), self._bf16(artifact))
+            pieces = []
+            for start in range(0, len(images), size):
+                pause_point()
+                piece = images[start : start + size]
+                filled = np.concatenate([piece, np.repeat(piece[-1:], size - len(piece), 0)]) if len(piece) < size else piece
+                pieces.append(np.array(run(np.ascontiguousarray(filled)))[: len(piece)])
+        except RuntimeError as error:
+            raise CandidateError(f"{self.name} can't run the file: {_first_line(str(error))}") from error
+        return np.concatenate(pieces)
+
+    def measure(self, artifact: Artifact, task: Task, reference: Artifact | None) -> list[Measurement]:
+        """Latency (and the reference's, taken in turns with it), throughput and peak memory of one file.
+
+        Everything else of autocompress on this machine pauses meanwhile. Latency: median over single
+        images with the 95 % interval of the median, seconds. Memory: growth of resident bytes from
+        loading the file and running it once.
+        """
+        request = {
+            "runtime": self.runtime,
+            "path": str(artifact.path),
+            "bf16": self._bf16(artifact),
+            "reference": str(reference.path) if reference else "",
+            "reference_bf16": bool(reference and self._bf16(reference)),
+            "cores": self.cores,
+            "image_shape": list(task.data.image_shape),
+            "repeats": self.repeats,
+            "budget": self.budget,
+        }
+        with LANE.exclusive():
+            answer = self._ask(request)
+        source = provenance(f"{self.runtime} {self.version}", len(self.cores), Method.MEASURED)
+        found = []
+        for name, key in (("latency", "latency"), ("reference_latency", "reference")):
+            if answer[key]:
+                value, ends = median_interval(answer[key])
+                found.append(Measurement(name, value, "s", ends, len(answer[key]), source))
+        pace, ends = median_interval(answer["batch_times"])
+        batch = answer["batch"]
+        interval = (batch / ends[1], batch / ends[0])
+        found.append(Measurement("throughput", batch / pace, "1/s", interval, len(answer["batch_times"]), source))
+        found.append(Measurement("memory", float(answer["memory"]), "B", None, 1, source))
+        return found
+
+    @property
+    def cores(self) -> list[int]:
+        """The cores that measurements are pinned to."""
+        cores = usable_cores()
+        if self.threads > len(cores):
+            raise InputError(f"threads: {self.threads} asked for, but this process may use {len(cores)} cores")
+        return cores[: self.threads or len(cores)]
+
+    @property
+    def version(self) -> str:
+        """Version of the runtime."""
+        return importlib.metadata.version(self.runtime)
+
+    def _bf16(self, artifact: Artifact) -> bool:
+        return self.runtime == "openvino" and has_bf16() and 16 in bits_in_graph(artifact.path).values()
+
+    def _ask(self, request: dict[str, object]) -> dict[str, object]:
+        command = [sys.executable, "-m", "autocompress.hardware.probe"]
+        try:
+            done = subprocess.run(
+                command, input=json.dumps(request), capture_output=True, text=True, timeout=self.limit, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise CandidateError(f"{self.name}: the measurement hung for {self.limit:.0f} s") from error
+        if done.returncode != 0:
+            reason = f"killed by signal {-done.returncode}" if done.returncode < 0 else _last_line(done.stderr)
+            raise CandidateError(f"{self.name}: the measurement failed: {reason}")
+        return json.loads(done.stdout)
+
+
+def _first_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no message"])[0][:300]
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no message"])[-1][:300]
+
+
+@backend("x86/onnxruntime")
+def onnxruntime_backend(threads: int = 0) -> CpuBackend:
+    """ONNX Runtime, CPU provider."""
+    return CpuBackend("onnxruntime", threads)
+
+
+@backend("x86/openvino")
+def openvino_backend(threads: int = 0) -> CpuBackend:
+    """OpenVINO, CPU plugin."""
+    return CpuBackend("openvino", threads)

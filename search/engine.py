@@ -1,0 +1,250 @@
+"""The search loop: ask, evaluate, record, tell.
+
+Sampling happens in memory; the database gets whole finished trials. One candidate is evaluated once:
+a repeated proposal is answered from the study, and does not count as a trial.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from ..core.codec import check_order, describe_plan, digest, encode_evaluation, plan_key
+from ..core.errors import InputError
+from ..core.types import Candidate, Evaluation, Plan, Space, State
+from ..evaluators.objectives import Objective
+from ..studies.storage import Database
+from .executors import Executor
+from .samplers import VIOLATIONS
+
+REPEATS_IN_A_ROW = 200  # proposals without a new candidate after which the space counts as exhausted
+
+
+@dataclass
+class Progress:
+    """What happened so far, for whoever shows it."""
+
+    trials: int = 0
+    failures: int = 0
+    infeasible: int = 0
+    repeats: int = 0
+    running: int = 0
+    ended: str = ""
+
+
+@dataclass
+class _Known:
+    """An answered candidate: what a repeat of it is told."""
+
+    values: list[float] | None
+    violations: list[float]
+
+
+@dataclass
+class Engine:
+    """One search, or its continuation.
+
+    Attributes:
+        space: a function of the trial that returns a plan; a `starts` attribute (list of parameters) is
+            proposed first.
+        baselines: plans to mark as baselines, by name.
+        trials: recorded trials to end with, those of earlier runs included.
+        seconds: wall-clock budget of this run; None for no limit.
+        on_change: called after every recorded trial, and about twice a second.
+    """
+
+    space: Space
+    objectives: Sequence[Objective]
+    database: Database
+    executor: Executor
+    sampler: BaseSampler
+    folder: Path
+    trials: int
+    seconds: float | None = None
+    baselines: Mapping[str, Plan] = field(default_factory=dict)
+    on_change: Callable[[Progress, Evaluation | None], None] = lambda progress, evaluation: None
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        directions = [objective.direction for objective in self.objectives]
+        self._memory = optuna.create_study(sampler=self.sampler, directions=directions)
+        self._known: dict[str, _Known] = {}
+        self._pending: dict[str, list[Trial | None]] = {}
+        self._names = {plan_key(plan): name for name, plan in self.baselines.items()}
+        for trial in self.database.trials():
+            self._remember(trial)
+
+    def run(self) -> Progress:
+        """Search until the budget is spent; Ctrl-C ends it early, with nothing finished lost."""
+        started = time.monotonic()
+        asking = self._proposals()
+        exhausted = False
+        try:
+            while True:
+                late = self.seconds is not None and time.monotonic() - started > self.seconds
+                while not (late or exhausted) and self.executor.room() and self._wanted() > 0:
+                    candidate = next(asking, None)
+                    exhausted = candidate is None
+                    if candidate is not None:
+                        self.executor.submit(candidate)
+                if not self._pending:
+                    break
+                for evaluation in self.executor.wait(0.5):
+                    self._finish(evaluation)
+                self._show(None)
+            self.progress.ended = "space exhausted" if exhausted else "time is up" if late and self._wanted() else "done"
+        except KeyboardInterrupt:
+            self.progress.ended = "interrupted"
+        finally:
+            self.executor.close()
+        return self.progress
+
+    def record(self, evaluation: Evaluation, params: Mapping[str, BaseDistribution] | None = None) -> int:
+        """Write a finished evaluation into the database and remember it; returns the trial's number."""
+        values = self._values(evaluation)
+        evaluation = dataclasses.replace(evaluation, baseline=self._names.get(evaluation.candidate.key, ""))
+        violations = [v for v in evaluation.violations if v is not None]
+        number = self.database.add(
+            complete=values is not None,
+            values=values,
+            params=evaluation.candidate.params,
+            distributions=params or {},
+            user_attrs={
+                "summary": describe_plan(evaluation.candidate.plan),
+                "state": str(evaluation.state),
+                "reason": evaluation.reason,
+                "evaluation": encode_evaluation(evaluation, self.folder),
+            },
+            system_attrs={"constraints": violations} if values is not None and violations else {},
+            seconds=evaluation.seconds,
+        )
+        self._known[evaluation.candidate.key] = _Known(values, violations)
+        self._count(evaluation.state)
+        return number
+
+    def _proposals(self) -> Any:
+        """Yield candidates that are neither known nor running; ends where only repeats come."""
+        for plan in self.baselines.values():
+            if plan_key(plan) not in self._known and not self._is_start(plan):
+                self._pending[plan_key(plan)] = [None]
+                yield Candidate(plan)
+        for params in getattr(self.space, "starts", []):
+            self._memory.enqueue_trial(params)
+        in_a_row = 0
+        while in_a_row < REPEATS_IN_A_ROW:
+            trial = self._memory.ask()
+            try:
+                plan = self.space(trial)
+                check_order(plan)
+            except Exception as error:  # the space is the user's code: a failing one is a failed trial
+                self._record_broken(trial, error)
+                in_a_row += 1
+                if self._wanted() <= 0:
+                    return
+                continue
+            candidate = Candidate(plan, dict(trial.params))
+            if candidate.key in self._known:
+                self._tell(trial, self._known[candidate.key])
+                self.progress.repeats += 1
+                in_a_row += 1
+            elif candidate.key in self._pending:
+                self._pending[candidate.key].append(trial)
+                self.progress.repeats += 1
+                in_a_row += 1
+            else:
+                in_a_row = 0
+                self._pending[candidate.key] = [trial]
+                yield candidate
+
+    def _is_start(self, plan: Plan) -> bool:
+        """Whether the space's own start points lead to this plan (its trial then has parameters)."""
+        for params in getattr(self.space, "starts", []):
+            if plan_key(self.space(optuna.trial.FixedTrial(params))) == plan_key(plan):
+                return True
+        return False
+
+    def _finish(self, evaluation: Evaluation) -> None:
+        trials = self._pending.pop(evaluation.candidate.key)
+        first = trials[0]
+        self.record(evaluation, first.distributions if first else None)
+        for trial in trials:
+            if trial is not None:
+                self._tell(trial, self._known[evaluation.candidate.key])
+        self._show(evaluation)
+
+    def _record_broken(self, trial: Trial, error: Exception) -> None:
+        from ..evaluators.pipeline import describe_error
+
+        reason = f"the space failed: {describe_error(error)}"
+        self._memory.tell(trial, state=TrialState.FAIL)
+        key = digest({"params": trial.params, "error": reason})
+        stored = encode_evaluation(Evaluation(Candidate(()), State.FAILED, reason=reason), self.folder) | {"key": key}
+        self.database.add(
+            complete=False,
+            values=None,
+            params=trial.params,
+            distributions=trial.distributions,
+            user_attrs={"summary": "", "state": "failed", "reason": reason, "evaluation": stored},
+            system_attrs={},
+            seconds=0.0,
+        )
+        self._count(State.FAILED)
+        self._show(None)
+
+    def _tell(self, trial: Trial, known: _Known) -> None:
+        trial.set_user_attr(VIOLATIONS, known.violations)
+        if known.values is None:
+            self._memory.tell(trial, state=TrialState.FAIL)
+        else:
+            self._memory.tell(trial, known.values)
+
+    def _remember(self, trial: FrozenTrial) -> None:
+        """Take a trial of an earlier run into account."""
+        stored = trial.user_attrs.get("evaluation")
+        if stored is None:
+            raise InputError("the study holds trials that autocompress did not write; use another study name or folder")
+        violations = [v for v in stored["violations"] if v is not None]
+        self._known[stored["key"]] = _Known(trial.values, violations)
+        self._count(State(stored["state"]))
+        if trial.params and trial.state is TrialState.COMPLETE:
+            self._memory.add_trial(
+                optuna.trial.create_trial(
+                    state=trial.state,
+                    values=trial.values,
+                    params=trial.params,
+                    distributions=trial.distributions,
+                    user_attrs={VIOLATIONS: violations},
+                    system_attrs={"constraints": violations} if violations else {},
+                )
+            )
+
+    def _values(self, evaluation: Evaluation) -> list[float] | None:
+        """Objective values, or None where one is unknown or not finite."""
+        if evaluation.state is State.FAILED:
+            return None
+        found = [evaluation.measurements.get(objective.name) for objective in self.objectives]
+        values = [m.value for m in found if m is not None and math.isfinite(m.value)]
+        return values if len(values) == len(self.objectives) else None
+
+    def _wanted(self) -> int:
+        return self.trials - self.progress.trials - len(self._pending)
+
+    def _count(self, state: State) -> None:
+        self.progress.trials += 1
+        self.progress.failures += state is State.FAILED
+        self.progress.infeasible += state is State.INFEASIBLE
+
+    def _show(self, evaluation: Evaluation | None) -> None:
+        self.progress.running = len(self._pending)
+        self.on_change(self.progress, evaluation)

@@ -1,0 +1,249 @@
+"""A finished or running search as its user sees it: trials, front, best points, files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.codec import decode_artifact, decode_measurements
+from ..core.errors import InputError
+from ..core.types import Artifact, Measurement, State
+from ..evaluators.objectives import Objective, parse_constraint
+from .pareto import nondominated
+from .storage import Database, sqlite_url
+
+if TYPE_CHECKING:
+    import pandas
+    from optuna.trial import FrozenTrial
+
+
+@dataclass(frozen=True)
+class Record:
+    """One trial as it stands in the database.
+
+    Attributes:
+        plan: as encoded by `core.codec`.
+        summary: the plan in a few words.
+        baseline: "untouched", "uniform int8", ...; "" for what the search proposed.
+    """
+
+    trial: int
+    key: str
+    state: State
+    reason: str
+    summary: str
+    plan: list[dict[str, Any]]
+    params: Mapping[str, Any]
+    metrics: Mapping[str, Measurement]
+    violations: tuple[float | None, ...]
+    artifact: Artifact | None
+    seconds: float
+    baseline: str
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of the front (or a baseline beside it).
+
+    Attributes:
+        split: "test" once it was measured on held-out data, "search" before.
+        on_front: False for a baseline that other points beat, or that breaks a constraint.
+    """
+
+    trial: int
+    summary: str
+    plan: list[dict[str, Any]]
+    split: str
+    metrics: Mapping[str, Measurement]
+    baseline: str
+    on_front: bool
+    artifact: Artifact | None
+
+    def export(self, path: str | Path) -> Path:
+        """Copy the deployable file into folder `path`, with `bundle.json` beside it that says what it is.
+
+        Raises:
+            InputError: the file is gone, or `path` holds another bundle already.
+        """
+        folder = Path(path)
+        if self.artifact is None or not self.artifact.path.is_file():
+            raise InputError(f"trial {self.trial}: its file is no longer in the run folder")
+        if (folder / "bundle.json").exists():
+            raise InputError(f"{folder} holds a bundle already; choose another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(self.artifact.path, folder / self.artifact.path.name)
+        card = {
+            "file": self.artifact.path.name,
+            "sha256": self.artifact.sha256,
+            "target": self.artifact.runtime,
+            "trial": self.trial,
+            "plan": self.plan,
+            "split": self.split,
+            "metrics": metrics_as_json(self.metrics),
+        }
+        (folder / "bundle.json").write_text(json.dumps(card, indent=2) + "\n")
+        return folder
+
+
+class Study:
+    """The results of one search, read from its run folder.
+
+    Args:
+        folder: the run folder.
+        objectives: what was optimised, in order.
+    """
+
+    def __init__(self, folder: Path, objectives: Sequence[Objective], database: Database) -> None:
+        self.folder, self.objectives, self._database = folder, tuple(objectives), database
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Study:
+        """Open a run folder; raises InputError where it is none."""
+        from ..core.registry import OBJECTIVES
+
+        path = Path(folder)
+        if not (path / "config.yaml").is_file():
+            raise InputError(f"{path} is no run folder: it has no config.yaml (expected the --out of a search)")
+        import yaml
+
+        config = yaml.safe_load((path / "config.yaml").read_text())
+        url = config.get("storage") or sqlite_url(path)
+        if url.startswith("sqlite") and not config.get("storage") and not (path / "study.db").is_file():
+            raise InputError(f"{path} has no study.db yet: the search ended before its first trial")
+        return cls(path, [OBJECTIVES.get(name) for name in config["objectives"]], Database(url, study=config["study"]))
+
+    @property
+    def directions(self) -> list[str]:
+        """Direction per objective."""
+        return [objective.direction for objective in self.objectives]
+
+    def records(self) -> list[Record]:
+        """Every trial, by number."""
+        return [read_record(trial, self.folder) for trial in self._database.trials()]
+
+    def front(self, baselines: bool = True) -> list[Point]:
+        """The feasible trials that no other beats on the search split, best first objective first.
+
+        Figures are those of the test split once the search has ended. With `baselines`, the baselines
+        come along whether or not they are on the front (see `Point.on_front`).
+        """
+        records = self.records()
+        again = self._database.front()
+        best = self.front_trials(records)
+        points = []
+        for record in records:
+            on_front = record.trial in best
+            if not on_front and not (baselines and record.baseline and record.metrics):
+                continue
+            later = again.get(record.trial)
+            metrics = decode_measurements(later["metrics"]) if later else record.metrics
+            split = later["split"] if later else "search"
+            points.append(
+                Point(
+                    record.trial, record.summary, record.plan, split, metrics, record.baseline, on_front, record.artifact
+                )
+            )
+        first = self.objectives[0]
+        sign = -1 if first.direction == "maximize" else 1
+        return sorted(points, key=lambda p: sign * p.metrics[first.name].value if first.name in p.metrics else float("inf"))
+
+    def front_trials(self, records: Sequence[Record]) -> set[int]:
+        """Numbers of the complete, feasible trials that no other beats on the search split."""
+        done = [record for record in records if record.state is State.COMPLETE]
+        kept = nondominated([self.values(record.metrics) for record in done], self.directions)
+        return {record.trial for record, keep in zip(done, kept, strict=True) if keep}
+
+    def values(self, metrics: Mapping[str, Measurement]) -> list[float]:
+        """One value per objective."""
+        return [metrics[objective.name].value for objective in self.objectives]
+
+    def best(self, **limits: str) -> Point:
+        """The front point with the best first objective among those within `limits`.
+
+        Args:
+            limits: by metric, e.g. `latency="<=5ms"`, `size="<=30%"` (of the untouched model).
+
+        Raises:
+            InputError: no front point is within the limits.
+        """
+        points = self.front()
+        untouched = next((p for p in points if p.baseline == "untouched"), None)
+        constraints = [parse_constraint(f"{name}{limit}") for name, limit in limits.items()]
+        for constraint in constraints:
+            if constraint.kind != "absolute" and untouched is None:
+                raise InputError(f"'{constraint.text}' is relative, and the untouched model was not measured")
+        base = untouched.metrics if untouched else {}
+        for point in points:
+            if point.on_front and all(
+                c.name in point.metrics and c.violation(point.metrics[c.name].value, base) <= 0 for c in constraints
+            ):
+                return point
+        asked = ", ".join(c.text for c in constraints) or "any"
+        raise InputError(f"no point of the front keeps {asked}; see `autocompress front {self.folder}`")
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """One row per trial: state, reason, plan, parameters, and value, low, high and kind of each metric."""
+        import pandas
+
+        return pandas.DataFrame([trial_row(record) for record in self.records()])
+
+
+def read_record(trial: FrozenTrial, folder: Path) -> Record:
+    """The record behind one stored trial."""
+    stored = trial.user_attrs["evaluation"]
+    return Record(
+        trial=trial.number,
+        key=stored["key"],
+        state=State(stored["state"]),
+        reason=stored["reason"],
+        summary=trial.user_attrs["summary"],
+        plan=stored["plan"],
+        params=trial.params,
+        metrics=decode_measurements(stored["metrics"]),
+        violations=tuple(stored["violations"]),
+        artifact=decode_artifact(stored["artifact"], folder),
+        seconds=stored["seconds"],
+        baseline=stored["baseline"],
+    )
+
+
+def trial_row(record: Record) -> dict[str, Any]:
+    """One flat row of `trials.csv`."""
+    row: dict[str, Any] = {
+        "trial": record.trial,
+        "state": str(record.state),
+        "baseline": record.baseline,
+        "plan": record.summary,
+        "reason": record.reason,
+        "seconds": record.seconds,
+    }
+    row |= metric_columns(record.metrics)
+    return row | {f"param:{name}": value for name, value in record.params.items()} | {"key": record.key}
+
+
+def metric_columns(metrics: Mapping[str, Measurement]) -> dict[str, Any]:
+    """Columns NAME, NAME_low, NAME_high, NAME_unit and NAME_kind of each metric, in SI units."""
+    row: dict[str, Any] = {}
+    for name, m in metrics.items():
+        low, high = m.ci95 if m.ci95 else (None, None)
+        row |= {name: m.value, f"{name}_low": low, f"{name}_high": high, f"{name}_unit": m.unit}
+        row[f"{name}_kind"] = str(m.provenance.method)
+    return row
+
+
+def metrics_as_json(metrics: Mapping[str, Measurement]) -> dict[str, dict[str, Any]]:
+    """{name: {value, unit, low, high, kind}}, in SI units; low and high are None where exact or unknown."""
+    return {
+        name: {
+            "value": m.value,
+            "unit": m.unit,
+            "low": m.ci95[0] if m.ci95 else None,
+            "high": m.ci95[1] if m.ci95 else None,
+            "kind": str(m.provenance.method),
+        }
+        for name, m in metrics.items()
+    }
