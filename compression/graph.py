@@ -63,7 +63,11 @@ def find_layers(model: nn.Module, example: Tensor) -> tuple[Layer, ...]:
             path, _, parameter = owners[node.args[1]].rpartition(".")
             inside = next(reversed(node.meta["nn_module_stack"].values()))[0]
             # A weight that another module borrows (as attention does) is not this module's own call.
-            if parameter == "weight" and inside == path and isinstance(modules[path], (nn.Linear, nn.modules.conv._ConvNd)):
+            if (
+                parameter == "weight"
+                and inside == path
+                and isinstance(modules[path], (nn.Linear, nn.modules.conv._ConvNd))
+            ):
                 calls.setdefault(path, []).append(node)
     layer_nodes = {node for nodes in calls.values() for node in nodes}
     found = []
@@ -109,7 +113,11 @@ def fold_batchnorm(model: nn.Module, layers: tuple[Layer, ...]) -> nn.Module:
     for layer in layers:
         norm = modules.get(layer.batchnorm) if layer.batchnorm else None
         conv = modules[layer.name]
-        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None or norm.running_var is None:
+        if (
+            not isinstance(norm, nn.modules.batchnorm._BatchNorm)
+            or norm.running_mean is None
+            or norm.running_var is None
+        ):
             continue
         with torch.no_grad():
             scale = (norm.running_var + norm.eps).rsqrt() * (norm.weight if norm.affine else 1.0)

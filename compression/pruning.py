@@ -75,7 +75,9 @@ class Prune:
                 round_to=self.round_to,
             ).step()
         except Exception as error:  # Torch-Pruning raises many kinds for graphs that it can't follow
-            raise CandidateError(f"Prune: Torch-Pruning can't cut this model: {type(error).__name__}: {error}") from error
+            raise CandidateError(
+                f"Prune: Torch-Pruning can't cut this model: {type(error).__name__}: {error}"
+            ) from error
         return self._check(model.eval(), example, task)
 
     def describe(self) -> str:

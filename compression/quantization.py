@@ -77,13 +77,17 @@ class LayerQuantization:
 
 
 def _round_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    grid = module.quantization.input  # type: ignore[union-attr]
-    return (grid.round(inputs[0]), *inputs[1:]) if grid is not None else None  # type: ignore[union-attr,operator]
+    grid = _of(module).input
+    return (grid.round(inputs[0]), *inputs[1:]) if grid is not None else None
 
 
 def _round_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-    grid = module.quantization.output  # type: ignore[union-attr]
-    return grid.round(output) if grid is not None else None  # type: ignore[union-attr,operator]
+    grid = _of(module).output
+    return grid.round(output) if grid is not None else None
+
+
+def _of(module: nn.Module) -> LayerQuantization:
+    return module.quantization  # type: ignore[return-value]
 
 
 @operator
@@ -170,7 +174,11 @@ class Quantize:
         bits = quantization.bits
         quantization.weight = weight_grid(module.weight, bits)  # type: ignore[arg-type]
         quantization.input = activation_grid(*seen["input"], bits, self.symmetric)
-        if layer.kind == "conv" and not layer.int8_chain and (self.outputs == "all" or (self.outputs == "shared" and layer.shared)):
+        if (
+            layer.kind == "conv"
+            and not layer.int8_chain
+            and (self.outputs == "all" or (self.outputs == "shared" and layer.shared))
+        ):
             low, high = seen["output"]
             # Rounding to a grid from 0 upwards is the ReLU that follows.
             quantization.output = activation_grid(max(low, 0.0) if layer.clipped else low, high, bits, self.symmetric)
@@ -206,8 +214,10 @@ class Quantize:
         finally:
             for handle in handles:
                 handle.remove()
-        combine = (lambda pairs: (min(p[0] for p in pairs), max(p[1] for p in pairs))) if self.calibrator == "max" else (
-            lambda pairs: (sum(p[0] for p in pairs) / len(pairs), sum(p[1] for p in pairs) / len(pairs))
+        combine = (
+            (lambda pairs: (min(p[0] for p in pairs), max(p[1] for p in pairs)))
+            if self.calibrator == "max"
+            else (lambda pairs: (sum(p[0] for p in pairs) / len(pairs), sum(p[1] for p in pairs) / len(pairs)))
         )
         found: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in names}
         for (name, side), pairs in ends.items():

@@ -96,12 +96,12 @@ def augment(images: np.ndarray, shift: int, flip: bool, rng: np.random.Generator
     out = np.ascontiguousarray(images)
     if shift:
         padded = np.pad(out, ((0, 0), (0, 0), (shift, shift), (shift, shift)))
-        rows = rng.integers(0, 2 * shift + 1, count)[:, None] + np.arange(height)
-        columns = rng.integers(0, 2 * shift + 1, count)[:, None] + np.arange(width)
+        rows = rng.integers(0, 2 * shift + 1, (count, 1)) + np.arange(height)
+        columns = rng.integers(0, 2 * shift + 1, (count, 1)) + np.arange(width)
         out = padded[np.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]].transpose(0, 3, 1, 2)
     if flip:
-        mirrored = rng.random(count) < 0.5
-        out = np.where(mirrored[:, None, None, None], out[..., ::-1], out)
+        mirrored = rng.random((count, 1, 1, 1)) < 0.5
+        out = np.where(mirrored, out[..., ::-1], out)
     return np.ascontiguousarray(out)
 
 
@@ -130,9 +130,13 @@ def fit(
     if teacher is not None:
         teacher = teacher.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(_groups(model, schedule.weight_decay), schedule.lr, schedule.momentum, nesterov=True)
-    average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(schedule.ema), use_buffers=True
-    ) if schedule.ema else None
+    average = (
+        torch.optim.swa_utils.AveragedModel(
+            model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(schedule.ema), use_buffers=True
+        )
+        if schedule.ema
+        else None
+    )
     low_precision = device != "cpu" or bf16_is_native()
     source = batches(data, data.train, schedule.batch_size, seed, device)
     for step in range(schedule.steps):

@@ -123,7 +123,8 @@ def parse_constraint(text: str) -> Constraint:
     match = _PATTERN.match(text)
     if match is None:
         raise InputError(
-            f"constraint '{text}': expected NAME<=VALUE or NAME>=VALUE, such as latency<=50%, accuracy>=-1pt, size<=200kB"
+            f"constraint '{text}': expected NAME<=VALUE or NAME>=VALUE, "
+            "such as latency<=50%, accuracy>=-1pt, size<=200kB"
         )
     name, sign, number, unit = match.groups()
     objective: Objective = OBJECTIVES.get(name)

@@ -77,36 +77,43 @@ class Evaluator:
         if training < len(candidate.plan) and self._limits_hardware():
             reason, trial = self._too_slow(model, candidate, training)
             if reason:
-                return Evaluation(candidate, State.INFEASIBLE, {**found, **trial}, reason, self._violations({**found, **trial}))
+                return Evaluation(
+                    candidate, State.INFEASIBLE, {**found, **trial}, reason, self._violations({**found, **trial})
+                )
         for position, step in enumerate(candidate.plan[training:], training):
             model = self._cached(model, candidate.plan[: position + 1]) if step.retrains else step(model, self.task)
         artifact = self.backend.build(model, self.task, self.folder / "artifacts" / candidate.key)
         self._size(artifact, found)
         self._check_parity(model, artifact, candidate.plan, found)
         found.update(self.accuracy(artifact, candidate.plan, "search"))
-        reference = self.baseline.artifact if self.baseline and candidate.plan else None
-        found.update({m.name: m for m in self.backend.measure(artifact, self.task, reference)})
-        for objective in self.objectives:
-            if objective.function is not None:
-                found[objective.name] = objective.function(Built(self.task, artifact, self.backend, found))
+        self._measure(artifact, candidate.plan, found)
         reason = self._violated(found)
         state = State.INFEASIBLE if reason else State.COMPLETE
         return Evaluation(candidate, state, found, reason, self._violations(found), artifact)
 
-    def again(self, evaluation: Evaluation, split: str) -> dict[str, Measurement]:
-        """Measure a finished candidate's file once more: accuracy on `split`, and the target's figures."""
-        artifact = evaluation.artifact
-        if artifact is None or not artifact.path.is_file():
-            raise CandidateError("its file is gone from the run folder")
+    def again(
+        self, artifact: Artifact, plan: Plan, known: Mapping[str, Measurement], split: str
+    ) -> dict[str, Measurement]:
+        """Measure a finished candidate's file once more: accuracy on `split`, and the target's figures.
+
+        Raises:
+            CandidateError: the file is gone, or does not run any more.
+        """
+        if not artifact.path.is_file():
+            raise CandidateError(f"{artifact.path} is gone")
         with LANE.shared():
-            kept = {n: m for n, m in evaluation.measurements.items() if n in ("parameters", "macs", "size", "parity")}
-            found = kept | self.accuracy(artifact, evaluation.candidate.plan, split)
-            reference = self.baseline.artifact if self.baseline and evaluation.candidate.plan else None
-            found.update({m.name: m for m in self.backend.measure(artifact, self.task, reference)})
-            for objective in self.objectives:
-                if objective.function is not None:
-                    found[objective.name] = objective.function(Built(self.task, artifact, self.backend, found))
+            found = {name: m for name, m in known.items() if name in ("parameters", "macs", "size", "parity")}
+            found |= self.accuracy(artifact, plan, split)
+            self._measure(artifact, plan, found)
         return found
+
+    def _measure(self, artifact: Artifact, plan: Plan, found: dict[str, Measurement]) -> None:
+        """Add the target's figures, then those of the objectives that people brought along."""
+        reference = self.baseline.artifact if self.baseline and plan else None
+        found.update({m.name: m for m in self.backend.measure(artifact, self.task, reference)})
+        for objective in self.objectives:
+            if objective.function is not None:
+                found[objective.name] = objective.function(Built(self.task, artifact, self.backend, found))
 
     def accuracy(self, artifact: Artifact, plan: Plan, split: str) -> dict[str, Measurement]:
         """Accuracy, loss and calibration error of the file on `split`, as the target's runtime computes them."""

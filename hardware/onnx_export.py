@@ -111,7 +111,9 @@ def _insert_qdq(proto: onnx.ModelProto, quantization: dict[str, LayerQuantizatio
         before: list[onnx.NodeProto] = []
         if entry.bits == 16:
             half = weight.numpy().T if transposed else weight.numpy()
-            graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(half.astype(np.float16)), prefix + "w"))
+            graph.initializer.append(
+                numpy_helper.from_array(np.ascontiguousarray(half.astype(np.float16)), prefix + "w")
+            )
             before.append(helper.make_node("Cast", [prefix + "w"], [prefix + "wf"], to=TensorProto.FLOAT))
         else:
             assert entry.weight is not None

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -82,7 +83,9 @@ class CpuBackend:
             for start in range(0, len(images), size):
                 pause_point()
                 piece = images[start : start + size]
-                filled = np.concatenate([piece, np.repeat(piece[-1:], size - len(piece), 0)]) if len(piece) < size else piece
+                filled = (
+                    np.concatenate([piece, np.repeat(piece[-1:], size - len(piece), 0)]) if len(piece) < size else piece
+                )
                 pieces.append(np.array(run(np.ascontiguousarray(filled)))[: len(piece)])
         except RuntimeError as error:
             raise CandidateError(f"{self.name} can't run the file: {_first_line(str(error))}") from error
@@ -137,7 +140,7 @@ class CpuBackend:
     def _bf16(self, artifact: Artifact) -> bool:
         return self.runtime == "openvino" and has_bf16() and 16 in bits_in_graph(artifact.path).values()
 
-    def _ask(self, request: dict[str, object]) -> dict[str, object]:
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         command = [sys.executable, "-m", "autocompress.hardware.probe"]
         try:
             done = subprocess.run(

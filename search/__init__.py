@@ -1,0 +1,1 @@
+"""The search: samplers, executors, the loop, and the run around it."""

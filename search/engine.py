@@ -77,7 +77,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        directions = [objective.direction for objective in self.objectives]
+        directions: list[Any] = [objective.direction for objective in self.objectives]
         self._memory = optuna.create_study(sampler=self.sampler, directions=directions)
         self._known: dict[str, _Known] = {}
         self._pending: dict[str, list[Trial | None]] = {}
@@ -103,7 +103,9 @@ class Engine:
                 for evaluation in self.executor.wait(0.5):
                     self._finish(evaluation)
                 self._show(None)
-            self.progress.ended = "space exhausted" if exhausted else "time is up" if late and self._wanted() else "done"
+            self.progress.ended = (
+                "space exhausted" if exhausted else "time is up" if late and self._wanted() else "done"
+            )
         except KeyboardInterrupt:
             self.progress.ended = "interrupted"
         finally:

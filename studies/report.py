@@ -110,7 +110,10 @@ def front_table(study: Study) -> Table:
     points = study.front()
     header, rows = _cells(study, points)
     split = "test" if points and all(point.split == "test" for point in points if point.on_front) else "search"
-    table = Table(title=f"Pareto front, {split} split", caption="± half of the 95 % interval; in brackets: against the untouched model")
+    table = Table(
+        title=f"Pareto front, {split} split",
+        caption="± half of the 95 % interval; in brackets: against the untouched model",
+    )
     for name in header:
         table.add_column(name, justify="left" if name in ("plan", "split") else "right", overflow="fold")
     for point, row in zip(points, rows, strict=True):
@@ -154,10 +157,14 @@ def write_plot(study: Study, records: Sequence[Record], points: Sequence[Point],
     for split in ("test", "search"):
         front = sorted((p for p in points if p.on_front and p.split == split), key=lambda p: p.metrics[x].value)
         if front:
-            figure.add_trace(_points(front, x, y, factors, f"front ({split} split)", "#1667c7", "lines+markers", "circle"))
+            figure.add_trace(
+                _points(front, x, y, factors, f"front ({split} split)", "#1667c7", "lines+markers", "circle")
+            )
         rest = [p for p in points if p.baseline and p.split == split and x in p.metrics and y in p.metrics]
         if rest:
-            marked = _points(rest, x, y, factors, f"baselines ({split} split)", "#d1495b", "markers+text", "diamond-open")
+            marked = _points(
+                rest, x, y, factors, f"baselines ({split} split)", "#d1495b", "markers+text", "diamond-open"
+            )
             marked.text = [p.baseline for p in rest]
             marked.textposition = "bottom right"
             figure.add_trace(marked)

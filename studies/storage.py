@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,16 @@ class Database:
             if directions is None:
                 self.study = optuna.load_study(study_name=study, storage=storage)
             else:
+                wanted: list[Any] = [*directions]
                 self.study = optuna.create_study(
-                    study_name=study, storage=storage, directions=list(directions), load_if_exists=True
+                    study_name=study, storage=storage, directions=wanted, load_if_exists=True
                 )
+                if [d.name.lower() for d in self.study.directions] != wanted:
+                    raise ValueError(f"study '{study}' there has other objectives; choose another study name")
                 if self.study.metric_names != list(names):
-                    self.study.set_metric_names(list(names))
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                        self.study.set_metric_names(list(names))
         except KeyError as error:
             raise InputError(f"{url} holds no study called '{study}'") from error
         except (sqlalchemy.exc.SQLAlchemyError, RuntimeError, ImportError, ValueError) as error:
@@ -86,7 +92,7 @@ class Database:
                 "datetime_start": end - datetime.timedelta(seconds=seconds),
                 "datetime_complete": end,
             }
-            trial_id = connection.execute(trials.insert(), row).inserted_primary_key[0]
+            trial_id = connection.execute(trials.insert().returning(trials.c.trial_id), row).scalar_one()
             self._insert(
                 connection,
                 "trial_values",

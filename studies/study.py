@@ -18,6 +18,7 @@ from .storage import Database, sqlite_url
 
 if TYPE_CHECKING:
     import pandas
+    from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
 
@@ -117,6 +118,11 @@ class Study:
         return cls(path, [OBJECTIVES.get(name) for name in config["objectives"]], Database(url, study=config["study"]))
 
     @property
+    def storage(self) -> BaseStorage:
+        """Optuna's storage, for its dashboard and visualisations."""
+        return self._database.study._storage
+
+    @property
     def directions(self) -> list[str]:
         """Direction per objective."""
         return [objective.direction for objective in self.objectives]
@@ -144,12 +150,21 @@ class Study:
             split = later["split"] if later else "search"
             points.append(
                 Point(
-                    record.trial, record.summary, record.plan, split, metrics, record.baseline, on_front, record.artifact
+                    record.trial,
+                    record.summary,
+                    record.plan,
+                    split,
+                    metrics,
+                    record.baseline,
+                    on_front,
+                    record.artifact,
                 )
             )
         first = self.objectives[0]
         sign = -1 if first.direction == "maximize" else 1
-        return sorted(points, key=lambda p: sign * p.metrics[first.name].value if first.name in p.metrics else float("inf"))
+        return sorted(
+            points, key=lambda p: sign * p.metrics[first.name].value if first.name in p.metrics else float("inf")
+        )
 
     def front_trials(self, records: Sequence[Record]) -> set[int]:
         """Numbers of the complete, feasible trials that no other beats on the search split."""

@@ -1,0 +1,72 @@
+"""Multi-objective search for compressed neural networks, scored on real hardware.
+
+    import autocompress as ac
+    study = ac.run_search("digits-cnn", "digits", target="x86/openvino", trials=20)
+    study.best(size="<=30%").export("bundle")
+
+Names load on first use: importing this package loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "run_search": "search.run",
+    "SearchConfig": "search.config",
+    "Study": "studies.study",
+    "Point": "studies.study",
+    "Prune": "compression.pruning",
+    "Quantize": "compression.quantization",
+    "Finetune": "compression.finetune",
+    "Data": "core.types",
+    "Split": "core.types",
+    "Task": "core.types",
+    "Candidate": "core.types",
+    "Evaluation": "core.types",
+    "Measurement": "core.types",
+    "Plan": "core.types",
+    "Objective": "evaluators.objectives",
+    "AutocompressError": "core.errors",
+    "InputError": "core.errors",
+    "load_data": "tasks.data",
+    "load_task": "tasks.models",
+    "stock_space": "spaces.stock",
+}
+
+__all__ = [*_NAMES]
+
+if TYPE_CHECKING:
+    from .compression.finetune import Finetune as Finetune
+    from .compression.pruning import Prune as Prune
+    from .compression.quantization import Quantize as Quantize
+    from .core.errors import AutocompressError as AutocompressError
+    from .core.errors import InputError as InputError
+    from .core.types import Candidate as Candidate
+    from .core.types import Data as Data
+    from .core.types import Evaluation as Evaluation
+    from .core.types import Measurement as Measurement
+    from .core.types import Plan as Plan
+    from .core.types import Split as Split
+    from .core.types import Task as Task
+    from .evaluators.objectives import Objective as Objective
+    from .search.config import SearchConfig as SearchConfig
+    from .search.run import run_search as run_search
+    from .spaces.stock import stock_space as stock_space
+    from .studies.study import Point as Point
+    from .studies.study import Study as Study
+    from .tasks.data import load_data as load_data
+    from .tasks.models import load_task as load_task
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'autocompress' has no attribute '{name}'")
+    return getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*_NAMES, "__version__"]

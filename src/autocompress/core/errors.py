@@ -34,4 +34,6 @@ def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> Input
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1)
     guess = f" Did you mean '{close[0]}'?" if close else ""
-    return InputError(f"unknown {kind} '{name}': expected one of {', '.join(names)}.{guess}{' ' + hint if hint else ''}")
+    return InputError(
+        f"unknown {kind} '{name}': expected one of {', '.join(names)}.{guess}{' ' + hint if hint else ''}"
+    )

@@ -144,7 +144,9 @@ class ModelSource:
         raise unknown("model", self.spec, BUILT_IN, "Others: torchvision:NAME, timm:NAME, module.path:callable.")
 
 
-def load_task(model: str, data: str | Data, weights: str | Path | None = None, image_size: int = 0, seed: int = 0) -> Task:
+def load_task(
+    model: str, data: str | Data, weights: str | Path | None = None, image_size: int = 0, seed: int = 0
+) -> Task:
     """Make the task of compressing `model` on `data`.
 
     Args:
@@ -228,7 +230,9 @@ def load_weights(model: nn.Module, path: Path, spec: str) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # both readers raise many kinds for a broken or unsafe file
-        raise InputError(f"weights {path}: not a safetensors file or a plain state dict: {_first_line(error)}") from error
+        raise InputError(
+            f"weights {path}: not a safetensors file or a plain state dict: {_first_line(error)}"
+        ) from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -257,7 +261,7 @@ def import_torchvision() -> Any:
             raise
         # Only box operators are missing; declaring them lets the models and transforms import.
         global _TORCHVISION_OPS
-        _TORCHVISION_OPS = torch.library.Library("torchvision", "FRAGMENT")  # noqa: TOR901
+        _TORCHVISION_OPS = torch.library.Library("torchvision", "FRAGMENT")
         for name in ("nms", "qnms"):
             _TORCHVISION_OPS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import torchvision

@@ -1,0 +1,1 @@
+../../src/autocompress/__init__.py

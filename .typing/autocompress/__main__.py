@@ -1,0 +1,1 @@
+../../src/autocompress/__main__.py

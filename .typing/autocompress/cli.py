@@ -1,0 +1,1 @@
+../../src/autocompress/cli.py

@@ -1,0 +1,116 @@
+"""The settings of a search, as flags, YAML and Python arguments spell them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from ..core.errors import InputError
+
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def seconds(value: Any) -> Any:
+    """Read "90", "90s", "30m" or "2h" as seconds."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", value)
+        if match is None:
+            raise ValueError(f"expected a duration such as 90s, 30m or 2h, got '{value}'")
+        return float(match[1]) * _UNITS[match[2] or "s"]
+    return value
+
+
+Duration = Annotated[float, BeforeValidator(seconds), Field(gt=0)]
+
+
+class SearchConfig(BaseModel):
+    """Everything that defines a search; written to `config.yaml` in the run folder.
+
+    Attributes:
+        model: "digits-cnn", "resnet20", "resnet56", "torchvision:NAME", "timm:NAME" or "module.path:callable".
+        data: "digits", "cifar10[:PATH]", "imagefolder:PATH" or "module.path:callable".
+        weights: safetensors file or state dict; none takes those shipped for a built-in model.
+        image_size: pixels, for image folders; 0 for the model's own size.
+        constraints: such as "latency<=50%", "accuracy>=-1pt", "size<=200kB".
+        space: "auto", "prune", "quantize" or "module.path:callable" (a function of the trial).
+        bits: bit-widths on offer in stock spaces; [] for all that the target runs.
+        finetune_steps: training steps after a cut, in stock spaces and in the pruning baseline.
+        trials: candidates to evaluate, baselines included.
+        time: wall-clock budget in seconds ("30m" in YAML); none for no limit.
+        trial_timeout: seconds after which one candidate counts as hanging.
+        threads: cores that a measurement is pinned to; 0 for all.
+        storage: SQLAlchemy URL of the study; none for study.db in the run folder.
+        address: of a Ray cluster to join.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    model: str = "digits-cnn"
+    data: str = "digits"
+    weights: str | None = None
+    image_size: int = Field(0, ge=0)
+    target: str = "x86/openvino"
+    threads: int = Field(0, ge=0)
+    objectives: list[str] = ["accuracy", "latency", "size"]
+    constraints: list[str] = []
+    space: str = "auto"
+    granularity: Literal["stage", "layer"] = "stage"
+    bits: list[int] = []
+    finetune_steps: int = Field(100, ge=0)
+    sampler: str = "tpe"
+    trials: int = Field(40, ge=1)
+    time: Duration | None = None
+    trial_timeout: Duration = 1800.0
+    workers: int = Field(1, ge=1)
+    executor: Literal["ray", "inline"] = "ray"
+    address: str | None = None
+    seed: int = 0
+    out: str = ""
+    storage: str | None = None
+    study: str = "autocompress"
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """Settings from a YAML file; raises InputError for a missing, unreadable or wrong one."""
+    if not path.is_file():
+        raise InputError(f"config: no such file: {path}")
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"config {path}: not valid YAML: {' '.join(str(error).split())[:200]}") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise InputError(f"config {path}: expected keys and values, got {type(settings).__name__}")
+    return settings
+
+
+def make_config(settings: dict[str, Any], source: str = "settings") -> SearchConfig:
+    """Validated settings; raises InputError with the first thing that is wrong."""
+    try:
+        return SearchConfig(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            import difflib
+
+            close = difflib.get_close_matches(name, SearchConfig.model_fields, n=1)
+            guess = f" Did you mean '{close[0]}'?" if close else ""
+            raise InputError(
+                f"{source}: unknown key '{name}'.{guess} Keys: {', '.join(SearchConfig.model_fields)}"
+            ) from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{source}: {name}: {message} (got {first['input']!r})") from error
+
+
+def save_config(config: SearchConfig, folder: Path) -> None:
+    """Write the full settings to `config.yaml`."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    (folder / "config.yaml").write_text(
+        "# Full settings of this run; `autocompress search --resume FOLDER` goes on with it.\n" + text
+    )

@@ -1,0 +1,169 @@
+"""A running search in the terminal: a live line, a line per finding, and the closing table."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+
+import rich.console
+from rich.live import Live
+from rich.text import Text
+
+from ..core.codec import describe_plan
+from ..core.types import Evaluation, Measurement, State
+from ..evaluators.units import show
+from ..studies.pareto import hypervolume
+from ..studies.report import front_table
+from ..studies.study import Record, Study
+from .config import SearchConfig
+from .engine import Progress
+
+
+def prepare() -> None:
+    """Keep libraries' chatter out of the terminal; must come before torch and Ray are imported."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    warnings.filterwarnings("ignore")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+
+
+class Console:
+    """Shows a search; on a terminal a live line, elsewhere a line per trial."""
+
+    def __init__(self) -> None:
+        self._console = rich.console.Console(highlight=False)
+        self._live: Live | None = None
+        self._study: Study | None = None
+        self._config = SearchConfig()
+        self._base: list[float] = []
+        self._values: list[list[float]] = []
+        self._start = time.monotonic()
+        self._at_start = 0
+        self.interrupted = False
+
+    def started(self, study: Study, config: SearchConfig, baseline: Record, resumed: int) -> None:
+        """Say what is searched, what the untouched model does, and what the search may cost."""
+        self._study, self._config, self._start = study, config, time.monotonic()
+        self._base = study.values(baseline.metrics)
+        records = study.records()
+        self._at_start = len(records)
+        self._values = [study.values(r.metrics) for r in records if r.state is State.COMPLETE]
+        print_ = self._console.print
+        workers = f"{config.workers} worker{'s' if config.workers > 1 else ''}"
+        print_(f"[bold]{config.model}[/bold] on {config.data} for {config.target} → {study.folder}")
+        print_(f"{config.trials} trials, {workers}, sampler {config.sampler}, seed {config.seed}")
+        if resumed:
+            print_(f"resumed: {resumed} trials were recorded before")
+        figures = ", ".join(
+            f"{o.name} {show(o.name, baseline.metrics[o.name].value, o.unit)}" for o in study.objectives
+        )
+        print_(f"untouched model: {figures}")
+        least = baseline.seconds * max(0, config.trials - len(records)) / config.workers
+        print_(f"cost: at least {_duration(least)} for the trials to come; training comes on top (forecast below)")
+        accuracy = baseline.metrics.get("accuracy")
+        if accuracy is not None and _is_chance(accuracy, study):
+            print_("[yellow]warning: the model is no better than chance (random weights?); accuracy will mean little. "
+                   "Give trained ones with --weights.[/yellow]")  # fmt: skip
+        if self._console.is_terminal:
+            self._live = Live(Text("…"), console=self._console, refresh_per_second=2, transient=True)
+            self._live.start()
+
+    def changed(self, progress: Progress, evaluation: Evaluation | None) -> None:
+        """Refresh the live line; tell of a trial that ended."""
+        assert self._study is not None
+        if progress.ended:
+            return
+        if evaluation is not None:
+            self._tell(progress, evaluation)
+        if self._live is not None:
+            self._live.update(self._line(progress))
+
+    def measuring(self, done: int, total: int) -> None:
+        """Say which front point is being measured again."""
+        text = f"measuring the front again on the test split: {done + 1}/{total}"
+        if self._live is not None:
+            self._live.update(Text(text))
+        elif done == 0:
+            self._console.print(f"measuring {total} front points and baselines again on the test split")
+
+    def ended(self, study: Study, progress: Progress) -> None:
+        """Close the live line; print the front and where everything is."""
+        if self._live is not None:
+            self._live.stop()
+        self.interrupted = progress.ended == "interrupted"
+        self._console.print(front_table(study))
+        reasons = [r for r in study.records() if r.state is State.FAILED]
+        for record in reasons[:5]:
+            self._console.print(f"[red]trial {record.trial} failed[/red] ({record.summary}): {record.reason}")
+        if len(reasons) > 5:
+            self._console.print(f"… and {len(reasons) - 5} more failures, see trials.csv")
+        end = {"done": "", "space exhausted": "; the space holds no other candidates", "time is up": "; time is up"}
+        self._console.print(
+            f"{progress.trials} trials in {_duration(time.monotonic() - self._start)}: {progress.failures} failed, "
+            f"{progress.infeasible} outside a constraint, {progress.repeats} repeats answered from the study"
+            f"{end.get(progress.ended, '')}"
+        )
+        self._console.print(f"{study.folder}: trials.csv, front.csv, front.html, study.db, config.yaml, artifacts/")
+
+    def _tell(self, progress: Progress, evaluation: Evaluation) -> None:
+        assert self._study is not None
+        if evaluation.state is State.COMPLETE:
+            self._values.append(self._study.values(evaluation.measurements))
+        if self._live is not None:
+            return
+        what = describe_plan(evaluation.candidate.plan)
+        if evaluation.state is State.COMPLETE:
+            found = ", ".join(
+                f"{o.name} {show(o.name, evaluation.measurements[o.name].value, o.unit)}"
+                for o in self._study.objectives
+            )
+        else:
+            found = f"{evaluation.state}: {evaluation.reason}"
+        cost = f"[{evaluation.seconds:.1f} s; {self._left(progress)}]"
+        text = f"{progress.trials}/{self._config.trials}  {what}: {found}  {cost}"
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def _line(self, progress: Progress) -> Text:
+        assert self._study is not None
+        volume = hypervolume(self._values, self._study.directions, self._base)
+        parts = [
+            f"{progress.trials}/{self._config.trials} trials",
+            f"{progress.running} running",
+            f"{progress.failures} failed",
+            f"hypervolume {volume:.3f}",
+            *self._best(),
+            self._left(progress),
+        ]
+        return Text("  ·  ".join(parts))
+
+    def _best(self) -> list[str]:
+        """The best value of each objective so far."""
+        assert self._study is not None
+        found = []
+        for column, objective in enumerate(self._study.objectives):
+            values = [row[column] for row in self._values]
+            if values:
+                best = max(values) if objective.direction == "maximize" else min(values)
+                found.append(f"{objective.name} {show(objective.name, best, objective.unit)}")
+        return found
+
+    def _left(self, progress: Progress) -> str:
+        """Forecast from this run's own pace."""
+        done = progress.trials - self._at_start
+        left = self._config.trials - progress.trials
+        if done < 1 or left < 1:
+            return "about the rest: unknown" if left > 0 else "last ones"
+        return f"about {_duration((time.monotonic() - self._start) / done * left)} left"
+
+
+def _is_chance(accuracy: Measurement, study: Study) -> bool:
+    """Whether accuracy's interval reaches down to guessing among the classes (at best ten are assumed)."""
+    return accuracy.ci95 is not None and accuracy.ci95[0] < 0.1
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

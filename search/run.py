@@ -1,0 +1,362 @@
+"""From settings to a finished run folder: check everything, search, measure the front again, report."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import datetime
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..core.codec import decode_plan, encode_measurements
+from ..core.errors import AutocompressError, CandidateError, InputError, MissingDependencyError
+from ..core.registry import BACKENDS, SPACES
+from ..core.types import Backend, Candidate, Data, Evaluation, Plan, Space, State, Task
+from ..evaluators.objectives import (
+    Constraint,
+    Objective,
+    check_constraints,
+    check_metric,
+    parse_constraint,
+    parse_objectives,
+)
+from ..evaluators.pipeline import Evaluator, baseline_plans
+from ..hardware import x86 as _x86  # noqa: F401  (registers its targets)
+from ..spaces import stock as _stock  # noqa: F401  (registers the stock spaces)
+from ..studies.report import write_reports
+from ..studies.storage import Database, sqlite_url
+from ..studies.study import Record, Study
+from .config import SearchConfig, make_config, save_config
+from .engine import Engine, Progress
+from .executors import Executor, InlineExecutor, RayExecutor
+from .samplers import make_sampler
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Watcher(Protocol):
+    """Who shows a running search; every method may do nothing."""
+
+    def started(self, study: Study, config: SearchConfig, baseline: Record, resumed: int) -> None: ...
+
+    def changed(self, progress: Progress, evaluation: Evaluation | None) -> None: ...
+
+    def measuring(self, done: int, total: int) -> None: ...
+
+    def ended(self, study: Study, progress: Progress) -> None: ...
+
+
+class Silent:
+    """A watcher that shows nothing."""
+
+    def started(self, study: Study, config: SearchConfig, baseline: Record, resumed: int) -> None:
+        """Ignore."""
+
+    def changed(self, progress: Progress, evaluation: Evaluation | None) -> None:
+        """Ignore."""
+
+    def measuring(self, done: int, total: int) -> None:
+        """Ignore."""
+
+    def ended(self, study: Study, progress: Progress) -> None:
+        """Ignore."""
+
+
+def run_search(
+    model: str | torch.nn.Module | Task = "digits-cnn",
+    data: str | Data = "digits",
+    space: str | Space = "auto",
+    *,
+    target: str = "x86/openvino",
+    objectives: Sequence[str] = ("accuracy", "latency", "size"),
+    constraints: Sequence[str] = (),
+    trials: int = 40,
+    out: str | Path = "",
+    **settings: Any,
+) -> Study:
+    """Search for the Pareto front of compressed variants of a model, measured on a target.
+
+    Args:
+        model: a name (see `SearchConfig.model`), a trained module that takes the data's images, or a `Task`.
+        data: a name (see `SearchConfig.data`) or a `Data`; ignored where `model` is a `Task`.
+        space: "auto", "prune", "quantize", or a function of the trial that returns a plan.
+        out: run folder; must not hold another run. "" makes one under runs/.
+        settings: any other field of `SearchConfig`, e.g. workers=2, seed=1, executor="inline".
+
+    Raises:
+        InputError: anything that can't be used, before compute is spent on it.
+    """
+    given = {"target": target, "objectives": list(objectives), "constraints": list(constraints), "trials": trials}
+    given |= {"out": str(out), **settings}
+    for name, value in (("model", model), ("data", data), ("space", space)):
+        given[name] = value if isinstance(value, str) else _name_of(value)
+    config = make_config(given, source="run_search")
+    task = _as_task(model, data, config)
+    return start_search(config, task=task, space=None if isinstance(space, str) else space)
+
+
+def start_search(
+    config: SearchConfig, *, task: Task | None = None, space: Space | None = None, watcher: Watcher | None = None
+) -> Study:
+    """Run the search that `config` describes; `task` and `space` stand in for the names in it."""
+    folder = Path(config.out or _new_folder())
+    if (folder / "config.yaml").exists():
+        raise InputError(f"{folder} holds a run already: --resume {folder} goes on with it, --out starts another")
+    config = config.model_copy(update={"out": str(folder)})
+    return _run(config, folder, task, space, watcher or Silent())
+
+
+def resume_search(
+    folder: Path,
+    config: SearchConfig,
+    *,
+    task: Task | None = None,
+    space: Space | None = None,
+    watcher: Watcher | None = None,
+) -> Study:
+    """Go on with the run in `folder` until `config.trials` trials are recorded in all."""
+    return _run(config, folder, task, space, watcher or Silent())
+
+
+def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | None, watcher: Watcher) -> Study:
+    backend = make_backend(config.target, config.threads)
+    objectives = parse_objectives(config.objectives, backend)
+    constraints = tuple(parse_constraint(text) for text in config.constraints)
+    for constraint in constraints:
+        check_metric(constraint.name, backend)
+    sampler_check = make_sampler(config.sampler, seed=0, trials=config.trials, constrained=bool(constraints))
+    del sampler_check
+    if task is None:
+        from ..tasks.models import load_task
+
+        task = load_task(config.model, config.data, config.weights, config.image_size, config.seed)
+    space = _check_space(space or make_space(config, task, backend))
+    folder.mkdir(parents=True, exist_ok=True)
+    with _only_driver(folder):
+        save_config(config, folder)
+        evaluator = Evaluator(task, backend, objectives, constraints, folder)
+        names = [objective.name for objective in objectives]
+        directions = [objective.direction for objective in objectives]
+        database = Database(config.storage or sqlite_url(folder), directions, names, config.study)
+        study = Study(folder, objectives, database)
+        baselines = baseline_plans(backend, config.finetune_steps, config.seed)
+        earlier = len(database.trials())
+        before = time.monotonic()
+        evaluator = _with_baseline(evaluator, study, constraints, baselines)
+        limit = None if config.time is None else max(1.0, config.time - (time.monotonic() - before))
+        cleaner = _Cleaner(study)
+
+        def on_change(progress: Progress, evaluation: Evaluation | None) -> None:
+            if evaluation is not None:
+                cleaner.clean()
+            watcher.changed(progress, evaluation)
+
+        untouched = next(record for record in study.records() if record.baseline == "untouched")
+        watcher.started(study, config, untouched, earlier)
+        engine = Engine(
+            space=space,
+            objectives=objectives,
+            database=database,
+            executor=_make_executor(config, evaluator),
+            # Another seed after an interruption: the same one would propose the same candidates again.
+            sampler=make_sampler(
+                config.sampler, seed=config.seed + earlier, trials=config.trials, constrained=bool(constraints)
+            ),
+            folder=folder,
+            trials=config.trials,
+            seconds=limit,
+            baselines=baselines,
+            on_change=on_change,
+        )
+        progress = engine.run()
+        if progress.ended != "interrupted":
+            _measure_front(evaluator, study, database, watcher)
+        write_reports(study)
+        watcher.ended(study, progress)
+    return study
+
+
+def _with_baseline(
+    evaluator: Evaluator, study: Study, constraints: tuple[Constraint, ...], baselines: dict[str, Plan]
+) -> Evaluator:
+    """Evaluate the untouched model first: limits are relative to it, and it must run at all."""
+    known = next((record for record in study.records() if record.baseline == "untouched"), None)
+    if known is not None and known.artifact is not None and known.artifact.path.is_file():
+        evaluation = Evaluation(Candidate(()), known.state, known.metrics, artifact=known.artifact)
+        check_constraints(constraints, evaluation.measurements)
+        return dataclasses.replace(evaluator, baseline=evaluation)
+    evaluation = evaluator(Candidate(()))
+    if evaluation.state is State.FAILED:
+        raise CandidateError(f"the untouched model fails on {evaluator.backend.name}: {evaluation.reason}")
+    check_constraints(constraints, evaluation.measurements)
+    found = evaluation.measurements
+    violations = tuple(c.violation(found[c.name].value, found) for c in constraints)
+    broken = ", ".join(c.text for c, violation in zip(constraints, violations, strict=True) if violation > 0)
+    if broken:
+        evaluation = dataclasses.replace(
+            evaluation, state=State.INFEASIBLE, reason=f"the untouched model breaks {broken}"
+        )
+    evaluation = dataclasses.replace(evaluation, violations=violations)
+    if known is None:
+        _record_untouched(study, evaluator, evaluation, baselines)
+    return dataclasses.replace(evaluator, baseline=evaluation)
+
+
+def _record_untouched(study: Study, evaluator: Evaluator, evaluation: Evaluation, baselines: dict[str, Plan]) -> None:
+    engine = Engine(
+        space=lambda trial: (),
+        objectives=evaluator.objectives,
+        database=study._database,
+        executor=InlineExecutor(evaluator),
+        sampler=make_sampler("random", seed=0, trials=1, constrained=False),
+        folder=evaluator.folder,
+        trials=1,
+        baselines=baselines,
+    )
+    engine.record(evaluation)
+
+
+def make_backend(target: str, threads: int = 0) -> Backend:
+    """The backend called `target`, ready to use.
+
+    Raises:
+        InputError: no such target, or more threads than cores.
+        MissingDependencyError: the target can't be used here; says how to get it.
+    """
+    backend: Backend = BACKENDS.get(target, "See `autocompress doctor`.")(threads=threads)
+    missing = backend.missing()
+    if missing:
+        raise MissingDependencyError(missing)
+    cores = getattr(backend, "cores", None)  # reading it checks the number of threads
+    del cores
+    return backend
+
+
+def make_space(config: SearchConfig, task: Task, backend: Backend) -> Space:
+    """The space that `config` names: a stock one, or the user's function of the trial."""
+    if ":" in config.space:
+        from ..tasks.specs import import_object
+
+        return import_object(config.space, kind="space")
+    make = SPACES.get(config.space, "Own space: module.path:callable.")
+    return make(
+        task,
+        backend.capabilities,
+        granularity=config.granularity,
+        bits=tuple(config.bits),
+        finetune_steps=config.finetune_steps,
+        seed=config.seed,
+    )
+
+
+def _check_space(space: Space) -> Space:
+    """Call the space once with random choices, so that a mistake shows before compute is spent."""
+    import optuna
+
+    from ..core.codec import check_order
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
+    try:
+        plan = space(trial)
+    except AutocompressError:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        raise InputError(f"the space failed on {trial.params}: {type(error).__name__}: {error}") from error
+    if not isinstance(plan, tuple):
+        raise InputError(f"the space must return a plan, a tuple of operators; it returned {type(plan).__name__}")
+    check_order(plan)
+    return space
+
+
+def _make_executor(config: SearchConfig, evaluator: Evaluator) -> Executor:
+    if config.executor == "inline":
+        return InlineExecutor(evaluator, config.trial_timeout)
+    return RayExecutor(evaluator, config.workers, config.trial_timeout, config.address)
+
+
+def _measure_front(evaluator: Evaluator, study: Study, database: Database, watcher: Watcher) -> None:
+    """Measure the front and the baselines again, on the test split, with nothing else running."""
+    records = study.records()
+    best = study.front_trials(records)
+    again = [r for r in records if r.artifact is not None and (r.trial in best or r.baseline)]
+    for number, record in enumerate(again):
+        watcher.measuring(number, len(again))
+        assert record.artifact is not None
+        try:
+            metrics = evaluator.again(record.artifact, decode_plan(record.plan), record.metrics, "test")
+        except CandidateError:
+            continue  # its file is gone: the point keeps its search-split figures, and says so
+        database.set_front(record.trial, "test", encode_measurements(metrics))
+
+
+class _Cleaner:
+    """Deletes the files of trials that others beat: they can never be on the front again."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+
+    def clean(self) -> None:
+        records = self._study.records()
+        best = self._study.front_trials(records)
+        for record in records:
+            if record.artifact is not None and record.trial not in best and not record.baseline:
+                record.artifact.path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _only_driver(folder: Path) -> Iterator[None]:
+    """Hold the run folder: two searches in one would count the same trials twice."""
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise InputError(f"{folder} is in use by another search") from error
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _as_task(model: str | torch.nn.Module | Task, data: str | Data, config: SearchConfig) -> Task:
+    if isinstance(model, Task):
+        return model
+    from ..tasks.data import load_data
+    from ..tasks.models import check_model, load_task, native_image_size
+
+    if isinstance(model, str):
+        return load_task(model, data, config.weights, config.image_size, config.seed)
+    name = type(model).__name__
+    loaded = load_data(data, config.image_size or native_image_size(name))
+    task = Task(f"{name} on {loaded.name}", _Copies(copy.deepcopy(model).cpu().eval()), loaded)
+    check_model(task.build(), task)
+    return task
+
+
+@dataclasses.dataclass(frozen=True)
+class _Copies:
+    """Builds by copying a module that the user handed over."""
+
+    module: torch.nn.Module
+
+    def __call__(self) -> torch.nn.Module:
+        return copy.deepcopy(self.module)
+
+
+def _name_of(value: Any) -> str:
+    return getattr(value, "__qualname__", None) or getattr(value, "name", None) or type(value).__name__
+
+
+def _new_folder() -> Path:
+    return Path("runs") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+
+
+SpaceFunction = Callable[[Any], Plan]
+__all__ = ["Objective", "SpaceFunction", "Watcher", "make_backend", "resume_search", "run_search", "start_search"]

@@ -1,0 +1,227 @@
+"""The `autocompress` command. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .core.errors import AutocompressError, InputError
+
+if TYPE_CHECKING:
+    from .search.config import SearchConfig
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Find the Pareto front of compressed variants of a model, measured on the device it must fit.",
+)
+
+# Options that take several values in one go: `--objectives accuracy latency size`.
+_MANY = ("--objectives", "--constraints", "--bits")
+
+
+class Format(StrEnum):
+    """Output formats of `front`."""
+
+    TABLE = "table"
+    CSV = "csv"
+    JSON = "json"
+    MARKDOWN = "markdown"
+
+
+@app.command()
+def search(
+    model: Annotated[
+        str | None,
+        typer.Option(help="digits-cnn, resnet20, resnet56, torchvision:NAME, timm:NAME or module.path:callable."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="digits, cifar10[:PATH], imagefolder:PATH or module.path:callable.")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="Trained weights: safetensors or a state dict.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels, for image folders; 0: the model's own size.")] = None,
+    target: Annotated[str | None, typer.Option(help="Device and runtime, such as x86/openvino; see `doctor`.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Cores that measurements are pinned to; 0: all.")] = None,
+    objectives: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="One or more of accuracy latency size memory throughput parameters macs loss calibration_error."
+        ),
+    ] = None,
+    constraints: Annotated[
+        list[str] | None, typer.Option(help="Such as 'latency<=50%' 'accuracy>=-1pt' 'size<=200kB'.")
+    ] = None,
+    space: Annotated[str | None, typer.Option(help="auto, prune, quantize or module.path:callable.")] = None,
+    granularity: Annotated[
+        str | None, typer.Option(help="stage or layer: what shares one choice in a stock space.")
+    ] = None,
+    bits: Annotated[list[int] | None, typer.Option(help="Bit-widths on offer; below 8 is simulated.")] = None,
+    finetune_steps: Annotated[int | None, typer.Option(help="Training steps after a cut.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="tpe, nsga2, nsga3, gp or random.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Candidates to evaluate, baselines included.")] = None,
+    time: Annotated[str | None, typer.Option(help="Wall-clock budget, such as 30m.")] = None,
+    trial_timeout: Annotated[
+        str | None, typer.Option(help="When one candidate counts as hanging, such as 10m.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Candidates evaluated side by side.")] = None,
+    executor: Annotated[str | None, typer.Option(help="ray or inline (this process, for debugging).")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join.")] = None,
+    seed: Annotated[int | None, typer.Option(help="For sampling and training.")] = None,
+    storage: Annotated[str | None, typer.Option(help="Database URL; default: study.db in the run folder.")] = None,
+    study: Annotated[str | None, typer.Option(help="Name of the study in the database.")] = None,
+    out: Annotated[str | None, typer.Option(help="Run folder; default: runs/DATE-TIME.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with any of these settings; flags win.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Run folder to go on with, its settings included; flags win.")
+    ] = None,
+) -> None:
+    """Search, and leave table, plot, database and files in a run folder."""
+    given = {
+        "model": model, "data": data, "weights": weights, "image_size": image_size, "target": target,
+        "threads": threads, "objectives": objectives, "constraints": constraints, "space": space,
+        "granularity": granularity, "bits": bits, "finetune_steps": finetune_steps, "sampler": sampler,
+        "trials": trials, "time": time, "trial_timeout": trial_timeout, "workers": workers, "executor": executor,
+        "address": address, "seed": seed, "storage": storage, "study": study, "out": out,
+    }  # fmt: skip
+    flags = {name: value for name, value in given.items() if value not in (None, [])}
+    settings = _settings(config, resume, flags)
+    # Settings are checked before anything heavy is imported: a wrong one answers at once.
+    from .search.console import Console, prepare
+
+    prepare()
+    from .search.run import resume_search, start_search
+
+    watcher = Console()
+    if resume is not None:
+        found = resume_search(resume, settings, watcher=watcher)
+    else:
+        found = start_search(settings, watcher=watcher)
+    if watcher.interrupted:
+        typer.echo(
+            f"Interrupted; nothing finished is lost. Go on with: autocompress search --resume {found.folder}", err=True
+        )
+        raise typer.Exit(130)
+
+
+@app.command()
+def front(
+    folder: Annotated[Path, typer.Argument(help="Run folder.")],
+    format: Annotated[Format, typer.Option(help="How to print it.")] = Format.TABLE,
+) -> None:
+    """Print the Pareto front of a run, with the baselines beside it."""
+    from .studies import report
+    from .studies.study import Study
+
+    study = Study.open(folder)
+    if format is Format.TABLE:
+        from rich.console import Console
+
+        Console().print(report.front_table(study))
+    else:
+        made = {
+            Format.CSV: report.front_as_csv,
+            Format.JSON: report.front_as_json,
+            Format.MARKDOWN: report.front_as_markdown,
+        }
+        typer.echo(made[format](study).rstrip("\n"))
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="Run folder.")],
+    trial: Annotated[int, typer.Option(help="Number of a front point or baseline.")],
+    out: Annotated[Path, typer.Option(help="New folder for the file and its bundle.json.")],
+) -> None:
+    """Copy one front point's deployable file, with what it is and what was measured."""
+    from .studies.study import Study
+
+    points = {point.trial: point for point in Study.open(folder).front()}
+    if trial not in points:
+        numbers = ", ".join(str(number) for number in sorted(points))
+        raise InputError(f"trial {trial} is not on the front of {folder}; trials there: {numbers}")
+    typer.echo(points[trial].export(out))
+
+
+@app.command()
+def dashboard(
+    folder: Annotated[Path, typer.Argument(help="Run folder.")],
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 8080,
+) -> None:
+    """Serve the Optuna dashboard of a run on 127.0.0.1, also while it is running."""
+    from .studies.dashboard import serve
+
+    serve(folder, port, lambda url: typer.echo(f"Dashboard of {folder}: {url}  (Ctrl-C ends it)"))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what runs here, what is missing and how to get it."""
+    from .hardware.doctor import report
+
+    report()
+
+
+def _settings(config: Path | None, resume: Path | None, flags: dict[str, Any]) -> SearchConfig:
+    from .search.config import load_config, make_config
+
+    if config is not None and resume is not None:
+        raise InputError("--config and --resume exclude each other: a resumed run has its own config.yaml")
+    if resume is not None:
+        if not (resume / "config.yaml").is_file():
+            raise InputError(f"--resume {resume}: no config.yaml there; expected the folder of an earlier run")
+        fixed = {"model", "data", "weights", "target", "objectives", "constraints", "space", "storage", "study", "out"}
+        changed = sorted(fixed & set(flags))
+        if changed:
+            raise InputError(f"--resume: {', '.join(changed)} can't change within a run; start another with --out")
+        return make_config({**load_config(resume / "config.yaml"), **flags, "out": str(resume)}, "--resume")
+    if config is not None:
+        settings = make_config(load_config(config), f"config {config}")
+        return make_config({**settings.model_dump(exclude_unset=True), **flags}, "flags")
+    return make_config(flags, "flags")
+
+
+def expand_many(arguments: Sequence[str]) -> list[str]:
+    """Repeat an option before each of its values: "--bits 8 4" becomes "--bits 8 --bits 4"."""
+    expanded: list[str] = []
+    current = ""
+    taken = 0
+    for argument in arguments:
+        if argument in _MANY:
+            current, taken = argument, 0
+            continue
+        if current and (not argument.startswith("--")):
+            expanded += [current, argument]
+            taken += 1
+            continue
+        if current and not taken:
+            expanded.append(current)  # the option came without a value: let the parser say so
+        current = ""
+        expanded.append(argument)
+    if current and not taken:
+        expanded.append(current)
+    return expanded
+
+
+def main() -> None:
+    """Run the command line; every error of ours is one line on standard error and exit code 2."""
+    try:
+        app(args=expand_many(sys.argv[1:]), standalone_mode=True)
+    except AutocompressError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)  # the reader of our output has enough
+
+
+if __name__ == "__main__":
+    main()
