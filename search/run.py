@@ -7,19 +7,19 @@ import dataclasses
 import datetime
 import fcntl
 import os
+import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..core.codec import decode_plan, encode_measurements
+from ..core.codec import decode_plan, encode_measurements, plan_key
 from ..core.errors import AutocompressError, CandidateError, InputError, MissingDependencyError
 from ..core.registry import BACKENDS, SPACES
-from ..core.types import Backend, Candidate, Data, Evaluation, Plan, Space, State, Task
+from ..core.types import Artifact, Backend, Candidate, Data, Evaluation, Plan, Space, State, Task
 from ..evaluators.objectives import (
     Constraint,
-    Objective,
     check_constraints,
     check_metric,
     parse_constraint,
@@ -28,6 +28,7 @@ from ..evaluators.objectives import (
 from ..evaluators.pipeline import Evaluator, baseline_plans
 from ..hardware import x86 as _x86  # noqa: F401  (registers its targets)
 from ..spaces import stock as _stock  # noqa: F401  (registers the stock spaces)
+from ..studies.pareto import nondominated
 from ..studies.report import write_reports
 from ..studies.storage import Database, sqlite_url
 from ..studies.study import Record, Study
@@ -150,11 +151,11 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
         before = time.monotonic()
         evaluator = _with_baseline(evaluator, study, constraints, baselines)
         limit = None if config.time is None else max(1.0, config.time - (time.monotonic() - before))
-        cleaner = _Cleaner(study)
+        cleaner = _Cleaner(study, baselines)
 
         def on_change(progress: Progress, evaluation: Evaluation | None) -> None:
             if evaluation is not None:
-                cleaner.clean()
+                cleaner.add(evaluation)
             watcher.changed(progress, evaluation)
 
         untouched = next(record for record in study.records() if record.baseline == "untouched")
@@ -177,6 +178,9 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
         progress = engine.run()
         if progress.ended != "interrupted":
             _measure_front(evaluator, study, database, watcher)
+            shutil.rmtree(
+                folder / "cache", ignore_errors=True
+            )  # trained weights that later candidates could start from
         write_reports(study)
         watcher.ended(study, progress)
     return study
@@ -299,15 +303,39 @@ def _measure_front(evaluator: Evaluator, study: Study, database: Database, watch
 class _Cleaner:
     """Deletes the files of trials that others beat: they can never be on the front again."""
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, study: Study, baselines: Mapping[str, Plan]) -> None:
         self._study = study
+        self._kept = {plan_key(plan) for plan in baselines.values()}
+        records = study.records()
+        best = study.front_trials(records)
+        self._front = [(study.values(r.metrics), r.artifact) for r in records if r.trial in best and not r.baseline]
+        self._base = [study.values(r.metrics) for r in records if r.trial in best and r.baseline]
 
-    def clean(self) -> None:
-        records = self._study.records()
-        best = self._study.front_trials(records)
-        for record in records:
-            if record.artifact is not None and record.trial not in best and not record.baseline:
-                record.artifact.path.unlink(missing_ok=True)
+    def add(self, evaluation: Evaluation) -> None:
+        """Take a new result into account."""
+        if evaluation.artifact is None:
+            return
+        if evaluation.state is not State.COMPLETE:
+            if evaluation.candidate.key not in self._kept:
+                _remove(evaluation.artifact)
+            return
+        values = self._study.values(evaluation.measurements)
+        if evaluation.candidate.key in self._kept:
+            self._base.append(values)
+        else:
+            self._front.append((values, evaluation.artifact))
+        rows = [*self._base, *(row for row, _ in self._front)]
+        best = nondominated(rows, self._study.directions)[len(self._base) :]
+        for (_, artifact), keep in zip(self._front, best, strict=True):
+            if not keep and artifact is not None:
+                _remove(artifact)
+        self._front = [entry for entry, keep in zip(self._front, best, strict=True) if keep]
+
+
+def _remove(artifact: Artifact) -> None:
+    artifact.path.unlink(missing_ok=True)
+    with suppress(OSError):
+        artifact.path.parent.rmdir()
 
 
 @contextmanager
@@ -356,7 +384,3 @@ def _name_of(value: Any) -> str:
 
 def _new_folder() -> Path:
     return Path("runs") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-
-
-SpaceFunction = Callable[[Any], Plan]
-__all__ = ["Objective", "SpaceFunction", "Watcher", "make_backend", "resume_search", "run_search", "start_search"]
