@@ -87,11 +87,20 @@ class Constraint:
         base = baseline[self.name].value
         return base * self.value if self.kind == "percent" else base + self.value
 
-    def violation(self, value: float, baseline: Mapping[str, Measurement]) -> float:
-        """How far `value` is beyond the limit, as a share of the limit; 0 or less keeps it."""
-        limit = self.limit(baseline)
+    def violation(self, metrics: Mapping[str, Measurement], baseline: Mapping[str, Measurement]) -> float:
+        """How far the figures are beyond the limit, as a share of the limit; 0 or less keeps it."""
+        value, limit = metrics[self.name].value, self.limit(alongside(metrics, baseline))
         over = value - limit if self.at_most else limit - value
         return over / max(abs(limit), 1e-12)
+
+
+def alongside(metrics: Mapping[str, Measurement], baseline: Mapping[str, Measurement]) -> dict[str, Measurement]:
+    """The untouched model's figures, with its latency as measured in turns with this candidate where it was.
+
+    What slows the machine down for a while then slows both, and leaves their ratio right.
+    """
+    turns = {"latency": metrics["reference_latency"]} if "reference_latency" in metrics else {}
+    return {**baseline, **turns}
 
 
 def parse_objectives(names: Sequence[str], backend: Backend) -> tuple[Objective, ...]:

@@ -25,7 +25,7 @@ from ..core.types import (
     State,
     Task,
 )
-from .objectives import Built, Constraint, Objective
+from .objectives import Built, Constraint, Objective, alongside
 
 if TYPE_CHECKING:
     from torch import nn
@@ -203,7 +203,7 @@ class Evaluator:
 
     def _violations(self, found: Mapping[str, Measurement]) -> tuple[float | None, ...]:
         base = self.baseline.measurements if self.baseline else found
-        return tuple(c.violation(found[c.name].value, base) if c.name in found else None for c in self.constraints)
+        return tuple(c.violation(found, base) if c.name in found else None for c in self.constraints)
 
     def _violated(self, found: Mapping[str, Measurement], early: str = "") -> str:
         if self.baseline is None:
@@ -211,13 +211,13 @@ class Evaluator:
         base = self.baseline.measurements
         for constraint in self.constraints:
             measured = found.get(constraint.name)
-            if measured is not None and constraint.violation(measured.value, base) > 0:
+            if measured is not None and constraint.violation(found, base) > 0:
                 from .units import show
 
                 unit = measured.unit
                 return (
                     f"{constraint.text}: {constraint.name} is {early}{show(constraint.name, measured.value, unit)}, "
-                    f"the limit is {show(constraint.name, constraint.limit(base), unit)}"
+                    f"the limit is {show(constraint.name, constraint.limit(alongside(found, base)), unit)}"
                 )
         return ""
 

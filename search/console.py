@@ -105,6 +105,12 @@ class Console:
             f"{progress.infeasible} outside a constraint, {progress.repeats} repeats answered from the study"
             f"{end.get(progress.ended, '')}"
         )
+        drift = self._drift(study)
+        if drift > 1.15:
+            self._console.print(
+                f"[yellow]the machine was uneven: the untouched model, timed beside every trial, took up to "
+                f"{drift - 1:.0%} longer at some times than at others; compare the shares in brackets[/yellow]"
+            )
         self._console.print(f"{study.folder}: trials.csv, front.csv, front.html, study.db, config.yaml, artifacts/")
 
     def _tell(self, progress: Progress, evaluation: Evaluation) -> None:
@@ -148,6 +154,12 @@ class Console:
                 best = max(values) if objective.direction == "maximize" else min(values)
                 found.append(f"{objective.name} {show(objective.name, best, objective.unit)}")
         return found
+
+    @staticmethod
+    def _drift(study: Study) -> float:
+        """Longest over shortest latency of the untouched model among the trials' interleaved measurements."""
+        found = [r.metrics["reference_latency"].value for r in study.records() if "reference_latency" in r.metrics]
+        return max(found) / min(found) if found else 1.0
 
     def _left(self, progress: Progress) -> str:
         """Forecast from this run's own pace."""

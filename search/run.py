@@ -200,7 +200,7 @@ def _with_baseline(
         raise CandidateError(f"the untouched model fails on {evaluator.backend.name}: {evaluation.reason}")
     check_constraints(constraints, evaluation.measurements)
     found = evaluation.measurements
-    violations = tuple(c.violation(found[c.name].value, found) for c in constraints)
+    violations = tuple(c.violation(found, found) for c in constraints)
     broken = ", ".join(c.text for c, violation in zip(constraints, violations, strict=True) if violation > 0)
     if broken:
         evaluation = dataclasses.replace(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.types import Measurement, State
+from ..evaluators.objectives import alongside
 from ..evaluators.units import scale, show_measurement
 from .study import Point, Record, Study, metric_columns, metrics_as_json, trial_row
 
@@ -85,7 +86,8 @@ def _cells(study: Study, points: Sequence[Point]) -> tuple[list[str], list[list[
     for point in points:
         row = [str(point.trial), point.summary + (" (baseline)" if point.baseline else "")]
         for name in names:
-            row.append(_figure(name, point.metrics.get(name), untouched.metrics.get(name) if untouched else None))
+            base = alongside(point.metrics, untouched.metrics) if untouched and point is not untouched else {}
+            row.append(_figure(name, point.metrics.get(name), base.get(name)))
         rows.append([*row, point.split + ("" if point.on_front else ", beaten")])
     return header, rows
 
@@ -96,7 +98,7 @@ def _figure(name: str, measurement: Measurement | None, base: Measurement | None
         return text
     if measurement.provenance.method != "measured":
         text += f" {measurement.provenance.method}"
-    if base is None or base is measurement or not base.value:
+    if base is None or not base.value:
         return text
     if scale(name, measurement.unit, measurement.value)[1] == "%":
         return f"{text} ({(measurement.value - base.value) * 100:+.1f})"

@@ -194,7 +194,7 @@ class Study:
         base = untouched.metrics if untouched else {}
         for point in points:
             if point.on_front and all(
-                c.name in point.metrics and c.violation(point.metrics[c.name].value, base) <= 0 for c in constraints
+                c.name in point.metrics and c.violation(point.metrics, base) <= 0 for c in constraints
             ):
                 return point
         asked = ", ".join(c.text for c in constraints) or "any"
