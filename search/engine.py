@@ -114,6 +114,7 @@ class Engine:
 
     def record(self, evaluation: Evaluation, params: Mapping[str, BaseDistribution] | None = None) -> int:
         """Write a finished evaluation into the database and remember it; returns the trial's number."""
+        evaluation = self._checked(evaluation)
         values = self._values(evaluation)
         evaluation = dataclasses.replace(evaluation, baseline=self._names.get(evaluation.candidate.key, ""))
         violations = [v for v in evaluation.violations if v is not None]
@@ -231,12 +232,24 @@ class Engine:
                 )
             )
 
+    def _checked(self, evaluation: Evaluation) -> Evaluation:
+        """The evaluation without figures that are no numbers; a failure where an objective is missing then."""
+        bad = {name: m.value for name, m in evaluation.measurements.items() if not math.isfinite(m.value)}
+        kept = {name: m for name, m in evaluation.measurements.items() if name not in bad}
+        missing = next((objective.name for objective in self.objectives if objective.name not in kept), "")
+        if not missing or evaluation.state is not State.COMPLETE:
+            return dataclasses.replace(evaluation, measurements=kept)
+        reason = (
+            f"{missing} is {bad[missing]}, not a finite number" if missing in bad else f"{missing} was not measured"
+        )
+        return dataclasses.replace(evaluation, measurements=kept, state=State.FAILED, reason=reason)
+
     def _values(self, evaluation: Evaluation) -> list[float] | None:
-        """Objective values, or None where one is unknown or not finite."""
+        """Objective values, or None where one is unknown."""
         if evaluation.state is State.FAILED:
             return None
         found = [evaluation.measurements.get(objective.name) for objective in self.objectives]
-        values = [m.value for m in found if m is not None and math.isfinite(m.value)]
+        values = [m.value for m in found if m is not None]
         return values if len(values) == len(self.objectives) else None
 
     def _wanted(self) -> int:
