@@ -11,6 +11,27 @@ from ..core.registry import operator
 from ..core.types import Task
 from .training import Distillation, Schedule, fit
 
+# Multiply-accumulates that one CPU core trains with in about a minute (bfloat16), and the batch sizes for it.
+MINUTE, SMALL_BATCH, LARGE_BATCH, LARGE_MODEL = 6e12, 32, 128, 200e6
+
+
+def usual_finetune(macs: int, images: int, steps: int | None = None, seed: int = 0) -> Finetune:
+    """The fine-tuning that suits a model and its data, where the user gave no number of steps.
+
+    An epoch, but at least 100 steps, and no more than about a minute on one CPU core; at least 10 steps.
+
+    Args:
+        macs: multiply-accumulates for one image.
+        images: size of the train split.
+        steps: the user's number; None for the usual one.
+    """
+    batch = min(images, SMALL_BATCH if macs > LARGE_MODEL else LARGE_BATCH)
+    if steps is None:
+        # Forward and backward of the student and forward of the teacher: four times the forward cost.
+        affordable = int(MINUTE / (4 * max(macs, 1) * batch))
+        steps = max(10, min(affordable, max(100, images // batch)))
+    return Finetune(steps, batch_size=batch, seed=seed)
+
 
 @operator
 @dataclass(frozen=True)

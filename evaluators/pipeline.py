@@ -30,6 +30,8 @@ from .objectives import Built, Constraint, Objective, alongside
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..compression.finetune import Finetune
+
 # Relative deviation of the runtime's logits from PyTorch's beyond which a file counts as broken.
 FLOAT_PARITY, ROUNDED_PARITY = 0.01, 0.5
 PARITY_IMAGES = 64
@@ -257,12 +259,16 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}"
 
 
-def baseline_plans(backend: Backend, finetune_steps: int, seed: int) -> dict[str, Plan]:
-    """The plans that any search must beat, by name; the untouched model comes first."""
-    from ..compression import Finetune, Prune, Quantize
+def baseline_plans(backend: Backend, finetune: Finetune) -> dict[str, Plan]:
+    """The plans that any search must beat, by name; the untouched model comes first.
+
+    Args:
+        finetune: what follows the uniform pruning; no steps leave it out.
+    """
+    from ..compression import Prune, Quantize
 
     plans: dict[str, Plan] = {"untouched": ()}
     if 8 in backend.capabilities.bits:
         plans["uniform int8"] = (Quantize(8, outputs=backend.capabilities.outputs),)
-    plans["uniform pruning"] = (Prune(0.5), Finetune(finetune_steps, seed=seed)) if finetune_steps else (Prune(0.5),)
+    plans["uniform pruning"] = (Prune(0.5), finetune) if finetune.steps else (Prune(0.5),)
     return plans

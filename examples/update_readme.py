@@ -13,7 +13,6 @@ import re
 from pathlib import Path
 
 import yaml
-
 from autocompress.studies.report import front_as_markdown
 from autocompress.studies.study import Study
 
@@ -36,9 +35,10 @@ def front_section(folder: Path) -> str:
     study = Study.open(folder)
     points, records = study.front(), study.records()
     source = points[0].metrics["latency"].provenance
-    minutes = sum(record.seconds for record in records) / yaml.safe_load((folder / "config.yaml").read_text())["workers"] / 60
-    line = f"{len(records)} trials, about {minutes:.0f} minutes; {source.device}, {source.runtime}, {source.taken_at[:10]}.\n"
-    return front_as_markdown(study) + "\n" + line
+    workers = yaml.safe_load((folder / "config.yaml").read_text())["workers"]
+    minutes = sum(record.seconds for record in records) / workers / 60
+    where = f"{source.device}, {source.runtime}, {source.taken_at[:10]}"
+    return f"{front_as_markdown(study)}\n{len(records)} trials in about {minutes:.0f} minutes; {where}.\n"
 
 
 def overhead_section(rows: list[dict[str, object]]) -> str:

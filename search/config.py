@@ -38,7 +38,8 @@ class SearchConfig(BaseModel):
         constraints: such as "latency<=50%", "accuracy>=-1pt", "size<=200kB".
         space: "auto", "prune", "quantize" or "module.path:callable" (a function of the trial).
         bits: bit-widths on offer in stock spaces; [] for all that the target runs.
-        finetune_steps: training steps after a cut, in stock spaces and in the pruning baseline.
+        finetune_steps: training steps after a cut, in stock spaces and in the pruning baseline; none for an
+            epoch, or what one CPU core can do in about a minute.
         trials: candidates to evaluate, baselines included.
         time: wall-clock budget in seconds ("30m" in YAML); none for no limit.
         trial_timeout: seconds after which one candidate counts as hanging.
@@ -60,7 +61,7 @@ class SearchConfig(BaseModel):
     space: str = "auto"
     granularity: Literal["stage", "layer"] = "stage"
     bits: list[int] = []
-    finetune_steps: int = Field(100, ge=0)
+    finetune_steps: int | None = Field(None, ge=0)
     sampler: str = "tpe"
     trials: int = Field(40, ge=1)
     time: Duration | None = None

@@ -12,8 +12,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+import torch
+
+from ..compression.graph import find_layers
 from ..core.codec import decode_plan, encode_measurements, plan_key
 from ..core.errors import AutocompressError, CandidateError, InputError, MissingDependencyError
 from ..core.registry import BACKENDS, SPACES
@@ -27,7 +30,7 @@ from ..evaluators.objectives import (
 )
 from ..evaluators.pipeline import Evaluator, baseline_plans
 from ..hardware import x86 as _x86  # noqa: F401  (registers its targets)
-from ..spaces import stock as _stock  # noqa: F401  (registers the stock spaces)
+from ..spaces.stock import task_finetune
 from ..studies.pareto import nondominated
 from ..studies.report import write_reports
 from ..studies.storage import Database, sqlite_url
@@ -36,9 +39,6 @@ from .config import SearchConfig, make_config, save_config
 from .engine import Engine, Progress
 from .executors import Executor, InlineExecutor, RayExecutor
 from .samplers import make_sampler
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Watcher(Protocol):
@@ -146,7 +146,8 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
         directions = [objective.direction for objective in objectives]
         database = Database(config.storage or sqlite_url(folder), directions, names, config.study)
         study = Study(folder, objectives, database)
-        baselines = baseline_plans(backend, config.finetune_steps, config.seed)
+        layers = find_layers(task.build(), torch.zeros(1, *task.data.image_shape))
+        baselines = baseline_plans(backend, task_finetune(task, layers, config.finetune_steps, config.seed))
         earlier = len(database.trials())
         before = time.monotonic()
         evaluator = _with_baseline(evaluator, study, constraints, baselines)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..compression.finetune import Finetune
+from ..compression.finetune import Finetune, usual_finetune
 from ..compression.graph import Layer, find_layers
 from ..compression.pruning import Prune
 from ..compression.quantization import Quantize
@@ -35,7 +36,7 @@ class PruneQuantize:
         float_bits: bit-widths for the groups that stay in floating point.
         ratios: highest pruning ratio and step; (0, 0) prunes nothing.
         outputs: see `Quantize.outputs`; what the target wants.
-        finetune_steps: steps after a cut.
+        finetune: what follows a cut, with its rate, alpha and temperature replaced by the chosen ones.
     """
 
     groups: Mapping[str, tuple[str, ...]]
@@ -44,9 +45,8 @@ class PruneQuantize:
     float_bits: tuple[int, ...] = (32, 16)
     ratios: tuple[float, float] = (0.75, 0.125)
     outputs: str = "shared"
-    finetune_steps: int = 100
+    finetune: Finetune = dataclasses.field(default_factory=Finetune)
     round_to: int = 8
-    seed: int = 0
 
     def __call__(self, choose: Chooser) -> Plan:
         """Ask for this space's parameters; return the plan."""
@@ -57,11 +57,11 @@ class PruneQuantize:
             by_layer = {layer: cut for group, cut in cuts.items() if cut for layer in self.groups[group]}
             uniform = len(set(cuts.values())) == 1
             plan.append(Prune(max(cuts.values()) if uniform else by_layer, round_to=self.round_to))
-            if self.finetune_steps:
+            if self.finetune.steps:
                 lr = choose.suggest_categorical("finetune.lr", [0.01, 0.03, 0.1])
                 alpha = choose.suggest_categorical("finetune.alpha", [0.0, 0.5, 0.9])
                 temperature = choose.suggest_categorical("finetune.temperature", [1.0, 2.0, 4.0]) if alpha else 1.0
-                plan.append(Finetune(self.finetune_steps, lr, alpha=alpha, temperature=temperature, seed=self.seed))
+                plan.append(dataclasses.replace(self.finetune, lr=lr, alpha=alpha, temperature=temperature))
         return (*plan, *self._quantize(choose))
 
     def _quantize(self, choose: Chooser) -> Plan:
@@ -87,7 +87,7 @@ class PruneQuantize:
             tuned = {"finetune.lr": 0.03, "finetune.alpha": 0.5, "finetune.temperature": 2.0}
             for bits in (FLOAT, *self.bits[:1]):
                 params: dict[str, Any] = {f"prune.{group}": cut for group in self.prunable} if top else {}
-                params |= tuned if cut and self.finetune_steps else {}
+                params |= tuned if cut and self.finetune.steps else {}
                 params |= {f"bits.{group}": bits for group in self.groups} if self.bits else {}
                 if bits == FLOAT and self.float_bits:
                     params["bits.float"] = 32
@@ -105,7 +105,7 @@ def stock_space(
     quantize: bool = True,
     granularity: str = "stage",
     bits: tuple[int, ...] = (),
-    finetune_steps: int = 100,
+    finetune_steps: int | None = None,
     seed: int = 0,
 ) -> PruneQuantize:
     """The stock space for a model and a target.
@@ -113,6 +113,7 @@ def stock_space(
     Args:
         granularity: "stage" (layers of one output resolution share their choices) or "layer".
         bits: bit-widths on offer; () for all that the target really runs.
+        finetune_steps: see `usual_finetune`.
 
     Raises:
         InputError: unknown granularity or bit-width.
@@ -130,9 +131,13 @@ def stock_space(
         float_bits=tuple(sorted((b for b in offered if b > 8), reverse=True)) or (32,) if quantize else (),
         ratios=(0.75, 0.125) if prune else (0.0, 0.0),
         outputs=capabilities.outputs,
-        finetune_steps=finetune_steps,
-        seed=seed,
+        finetune=task_finetune(task, layers, finetune_steps, seed),
     )
+
+
+def task_finetune(task: Task, layers: tuple[Layer, ...], steps: int | None, seed: int) -> Finetune:
+    """The fine-tuning that suits this task."""
+    return usual_finetune(sum(layer.macs for layer in layers), len(task.data.train), steps, seed)
 
 
 def group_layers(layers: tuple[Layer, ...], granularity: str) -> dict[str, tuple[str, ...]]:

@@ -63,7 +63,9 @@ def search(
         str | None, typer.Option(help="stage or layer: what shares one choice in a stock space.")
     ] = None,
     bits: Annotated[list[int] | None, typer.Option(help="Bit-widths on offer; below 8 is simulated.")] = None,
-    finetune_steps: Annotated[int | None, typer.Option(help="Training steps after a cut.")] = None,
+    finetune_steps: Annotated[
+        int | None, typer.Option(help="Training steps after a cut; default: an epoch, at most about a minute.")
+    ] = None,
     sampler: Annotated[str | None, typer.Option(help="tpe, nsga2, nsga3, gp or random.")] = None,
     trials: Annotated[int | None, typer.Option(help="Candidates to evaluate, baselines included.")] = None,
     time: Annotated[str | None, typer.Option(help="Wall-clock budget, such as 30m.")] = None,

@@ -1,0 +1,68 @@
+"""Every snippet of the README runs as it stands there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def snippets(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.mark.parametrize("code", snippets("python"), ids=["run", "space"])
+def test_python_snippet_runs(code: str, tmp_path: Path) -> None:
+    run([sys.executable, "-c", code], tmp_path)
+
+
+def test_command_snippet_of_your_own_model_runs(tmp_path: Path) -> None:
+    (block,) = (block for block in snippets("bash") if "runs/small" in block)
+    for line in block.strip().splitlines():
+        run(shlex.split(line), tmp_path)
+
+
+def test_command_snippet_of_the_main_job_runs_with_a_smaller_budget(tmp_path: Path) -> None:
+    data = Path(os.environ.get("AUTOCOMPRESS_DATA", ROOT.parent / "shared" / "data")).resolve()
+    if not (data / "cifar10.tar.xz").exists() and not (data / "cifar10").exists():
+        pytest.skip("needs CIFAR-10 in ../shared/data or $AUTOCOMPRESS_DATA")
+    (block,) = (block for block in snippets("bash") if "cifar10" in block)
+    for line in block.strip().splitlines():
+        smaller = ["--trials", "3", "--finetune-steps", "2"] if " search " in line else []
+        os.environ["AUTOCOMPRESS_DATA"] = str(data)
+        run([*shlex.split(line), *smaller], tmp_path)
+
+
+def test_make_demo_ends_in_a_front_that_beats_the_untouched_model(tmp_path: Path) -> None:
+    plan = subprocess.run(
+        ["make", "--dry-run", "--always-make", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    command = plan[plan.index("autocompress search") :].replace("\\\n", " ").splitlines()[0]
+    out = run(shlex.split(command.replace("runs/demo", str(tmp_path / "demo"))), tmp_path).stdout
+    assert "Pareto front" in out
+
+    from autocompress.studies.study import Study
+
+    points = Study.open(tmp_path / "demo").front()
+    untouched = next(point for point in points if point.baseline == "untouched").metrics
+    assert any(
+        point.metrics["accuracy"].value >= untouched["accuracy"].value - 0.01
+        and (point.metrics["size"].value < untouched["size"].value)
+        for point in points
+        if point.on_front
+    )
