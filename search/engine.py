@@ -19,7 +19,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from ..core.codec import check_order, describe_plan, digest, encode_evaluation, plan_key
+from ..core.codec import check_plan, describe_plan, digest, encode_evaluation, plan_key
 from ..core.errors import InputError
 from ..core.types import Candidate, Evaluation, Plan, Space, State
 from ..evaluators.objectives import Objective
@@ -149,7 +149,7 @@ class Engine:
             trial = self._memory.ask()
             try:
                 plan = self.space(trial)
-                check_order(plan)
+                check_plan(plan)
             except Exception as error:  # the space is the user's code: a failing one is a failed trial
                 self._record_broken(trial, error)
                 in_a_row += 1

@@ -113,7 +113,8 @@ class RayExecutor:
 
     def __post_init__(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # Workers at normal priority: a measurement must not be the first to yield to other work.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         import ray
 
         self._ray = ray

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from ..compression.graph import find_layers
-from ..core.codec import decode_plan, encode_measurements, plan_key
+from ..core.codec import check_plan, decode_plan, encode_measurements, plan_key
 from ..core.errors import AutocompressError, CandidateError, InputError, MissingDependencyError
 from ..core.registry import BACKENDS, SPACES
 from ..core.types import Artifact, Backend, Candidate, Data, Evaluation, Plan, Space, State, Task
@@ -264,8 +264,6 @@ def _check_space(space: Space) -> Space:
     """Call the space once with random choices, so that a mistake shows before compute is spent."""
     import optuna
 
-    from ..core.codec import check_order
-
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
     try:
@@ -274,9 +272,7 @@ def _check_space(space: Space) -> Space:
         raise
     except Exception as error:  # the user's code may raise anything
         raise InputError(f"the space failed on {trial.params}: {type(error).__name__}: {error}") from error
-    if not isinstance(plan, tuple):
-        raise InputError(f"the space must return a plan, a tuple of operators; it returned {type(plan).__name__}")
-    check_order(plan)
+    check_plan(plan)
     return space
 
 

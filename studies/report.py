@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.types import Measurement, State
+from ..core.types import Measurement
 from ..evaluators.objectives import alongside
 from ..evaluators.units import scale, show_measurement
-from .study import Point, Record, Study, metric_columns, metrics_as_json, trial_row
+from .plot import write_plot
+from .study import Point, Study, metric_columns, metrics_as_json, trial_row
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -128,113 +129,3 @@ def front_as_markdown(study: Study) -> str:
     header, rows = _cells(study, study.front())
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def write_plot(study: Study, records: Sequence[Record], points: Sequence[Point], path: Path) -> None:
-    """Plotly page: the first objective against the second, every trial, the front drawn, baselines marked."""
-    import plotly.graph_objects as go
-
-    y, x = _axes(study)
-    figure = go.Figure()
-    done = [r for r in records if r.metrics.get(x) and r.metrics.get(y)]
-    beaten = [r for r in done if r.trial not in {p.trial for p in points}]
-    factors = _Factors(x, y, done)
-    for state, colour, name in (
-        (State.COMPLETE, "#9aa5b1", "trial (search split)"),
-        (State.INFEASIBLE, "#e0b4a8", "outside a constraint (search split)"),
-    ):
-        group = [r for r in beaten if r.state is state]
-        if group:
-            figure.add_trace(
-                go.Scatter(
-                    x=[r.metrics[x].value * factors.x for r in group],
-                    y=[r.metrics[y].value * factors.y for r in group],
-                    mode="markers",
-                    name=name,
-                    marker={"size": 7, "color": colour},
-                    text=[f"trial {r.trial}: {r.summary}" for r in group],
-                    hovertemplate="%{text}<br>%{x:.4g}, %{y:.4g}<extra></extra>",
-                )
-            )
-    for split in ("test", "search"):
-        front = sorted((p for p in points if p.on_front and p.split == split), key=lambda p: p.metrics[x].value)
-        if front:
-            figure.add_trace(
-                _points(front, x, y, factors, f"front ({split} split)", "#1667c7", "lines+markers", "circle")
-            )
-        rest = [p for p in points if p.baseline and p.split == split and x in p.metrics and y in p.metrics]
-        if rest:
-            marked = _points(
-                rest, x, y, factors, f"baselines ({split} split)", "#d1495b", "markers+text", "diamond-open"
-            )
-            marked.text = [p.baseline for p in rest]
-            marked.textposition = "bottom right"
-            figure.add_trace(marked)
-    counts = {state: sum(r.state is state for r in records) for state in State}
-    figure.update_layout(
-        title=f"{study.folder.name}: {y} against {x}<br><sup>{len(records)} trials, {counts[State.FAILED]} failed, "
-        f"{counts[State.INFEASIBLE]} outside a constraint; bars: 95 % intervals</sup>",
-        xaxis_title=factors.x_title,
-        yaxis_title=factors.y_title,
-        template="plotly_white",
-        legend={"orientation": "h", "y": -0.18},
-    )
-    part = path.with_suffix(".part")
-    figure.write_html(part, include_plotlyjs=True)
-    part.replace(path)
-
-
-class _Factors:
-    """SI to shown units for the two axes, the same for all points."""
-
-    def __init__(self, x: str, y: str, records: Sequence[Record]) -> None:
-        self.x, self.x_title = self._axis(x, records)
-        self.y, self.y_title = self._axis(y, records)
-
-    @staticmethod
-    def _axis(name: str, records: Sequence[Record]) -> tuple[float, str]:
-        found = [r.metrics[name] for r in records]
-        if not found:
-            return 1.0, name
-        factor, unit = scale(name, found[0].unit, max(m.value for m in found))
-        return factor, f"{name} ({unit})" if unit else name
-
-
-def _axes(study: Study) -> tuple[str, str]:
-    """Vertical and horizontal metric: accuracy against latency where both were asked for."""
-    names = [objective.name for objective in study.objectives]
-    vertical = "accuracy" if "accuracy" in names else names[0]
-    rest = [name for name in names if name != vertical]
-    horizontal = "latency" if "latency" in rest or not rest else rest[0]
-    return vertical, horizontal
-
-
-def _points(
-    points: Sequence[Point], x: str, y: str, factors: _Factors, name: str, colour: str, mode: str, symbol: str
-) -> Any:
-    import plotly.graph_objects as go
-
-    return go.Scatter(
-        x=[p.metrics[x].value * factors.x for p in points],
-        y=[p.metrics[y].value * factors.y for p in points],
-        error_x=_bars([p.metrics[x] for p in points], factors.x, colour),
-        error_y=_bars([p.metrics[y] for p in points], factors.y, colour),
-        mode=mode,
-        name=name,
-        line={"color": colour},
-        marker={"size": 11, "color": colour, "symbol": symbol},
-        customdata=[f"trial {p.trial}: {p.summary}" for p in points],
-        hovertemplate="%{customdata}<br>%{x:.4g}, %{y:.4g}<extra></extra>",
-    )
-
-
-def _bars(measurements: Sequence[Measurement], factor: float, colour: str) -> dict[str, Any]:
-    ends = [m.ci95 or (m.value, m.value) for m in measurements]
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [(high - m.value) * factor for m, (_, high) in zip(measurements, ends, strict=True)],
-        "arrayminus": [(m.value - low) * factor for m, (low, _) in zip(measurements, ends, strict=True)],
-        "color": colour,
-        "thickness": 1,
-    }

@@ -53,6 +53,17 @@ def check_order(plan: Plan) -> None:
         raise InputError(f"plan out of order: {', '.join(type(step).__name__ for step in plan)}; expected {right}")
 
 
+def check_plan(plan: Plan) -> None:
+    """Raise InputError unless the plan is in order and can be stored and read back by its operators' names."""
+    if not isinstance(plan, tuple):
+        raise InputError(f"a space must return a plan, a tuple of operators; it returned {type(plan).__name__}")
+    check_order(plan)
+    for step in plan:
+        name = type(step).__name__
+        if name not in OPERATORS or OPERATORS.get(name) is not type(step):
+            raise InputError(f"operator {name} is not registered: decorate it with autocompress.core.registry.operator")
+
+
 def describe_plan(plan: Plan) -> str:
     """One short line for tables: "prune 38 %, fine-tune 100, int8"; "untouched" for ()."""
     return ", ".join(_describe(step) for step in plan) or "untouched"
