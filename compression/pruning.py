@@ -27,7 +27,8 @@ class Prune:
     Attributes:
         ratio: share of channels to remove, 0 <= ratio < 1, for all layers or by layer name; layers
             that are not named are left alone, unless a named one depends on them.
-        round_to: the channels that remain are a multiple of this, as vector units like it.
+        round_to: the channels that remain are the nearest multiple of this, as vector units like it;
+            layers of no more channels than this stay whole.
         importance: "l1" or "l2" norm of a channel's weights.
 
     Raises:
@@ -70,9 +71,10 @@ class Prune:
                 example,
                 importance=tp.importance.GroupMagnitudeImportance(p=1 if self.importance == "l1" else 2),
                 pruning_ratio=0.0,
-                pruning_ratio_dict={modules[name]: ratio for name, ratio in ratios.items()},
+                pruning_ratio_dict={
+                    modules[name]: self._rounded(modules[name], ratio) for name, ratio in ratios.items()
+                },
                 ignored_layers=[modules[layers[-1].name]],
-                round_to=self.round_to,
             ).step()
         except Exception as error:  # Torch-Pruning raises many kinds for graphs that it can't follow
             raise CandidateError(
@@ -85,6 +87,15 @@ class Prune:
         ratios = list(self.ratio.values()) if isinstance(self.ratio, Mapping) else [self.ratio]
         low, high = min(ratios), max(ratios)
         return f"prune {low:.0%}" if low == high else f"prune {low:.0%}-{high:.0%}"
+
+    def _rounded(self, module: nn.Module, ratio: float) -> float:
+        """The ratio that leaves the nearest multiple of `round_to` channels (Torch-Pruning would round down)."""
+        channels = int(getattr(module, "out_channels", 0) or getattr(module, "out_features", 0))
+        if channels <= self.round_to:
+            return 0.0
+        kept = max(1, round(channels * (1 - ratio) / self.round_to)) * self.round_to
+        # A hair less than the exact share: Torch-Pruning truncates what is to be kept.
+        return max(0.0, 1 - min(kept, channels) / channels - 1e-6)
 
     @staticmethod
     def _check(model: nn.Module, example: torch.Tensor, task: Task) -> nn.Module:

@@ -7,6 +7,7 @@ happens to the worker: a hang, a crash and a kill become results with a reason.
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import threading
 import time
@@ -20,6 +21,7 @@ from ..core.errors import AutocompressError, InputError
 from ..core.types import Candidate, Evaluation, State
 
 Evaluate = Callable[[Candidate], Evaluation]
+LOOPBACK = "127.0.0.2"  # Ray replaces 127.0.0.1 by the machine's outer address
 TRIES = 2  # a candidate whose worker died is tried once more: the next one may have more memory
 
 
@@ -101,7 +103,7 @@ class RayExecutor:
         evaluate: sent to each actor once, through the object store.
         workers: how many actors.
         timeout: seconds after which a candidate's worker is killed and the candidate fails.
-        address: of a running cluster; None starts Ray on this machine, reachable from here alone.
+        address: of a running cluster; None starts Ray on this machine, closed to others by a token.
     """
 
     evaluate: Evaluate
@@ -115,6 +117,10 @@ class RayExecutor:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Workers at normal priority: a measurement must not be the first to yield to other work.
         os.environ.setdefault("RAY_worker_niceness", "0")
+        if self.address is None:
+            # Ray listens on every interface: only this search, which knows the token, may talk to it.
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         import ray
 
         self._ray = ray
@@ -122,7 +128,7 @@ class RayExecutor:
         if self._started_ray:
             settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
             if self.address is None:
-                settings |= {"num_cpus": self.workers, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+                settings |= {"num_cpus": self.workers, "include_dashboard": False, "_node_ip_address": LOOPBACK}
             try:
                 ray.init(self.address, **settings)
             except (ConnectionError, ValueError, RuntimeError) as error:

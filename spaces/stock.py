@@ -131,6 +131,8 @@ def stock_space(
         float_bits=tuple(sorted((b for b in offered if b > 8), reverse=True)) or (32,) if quantize else (),
         ratios=(0.75, 0.125) if prune else (0.0, 0.0),
         outputs=capabilities.outputs,
+        # Narrow models need finer steps: multiples of 8 would halve a layer of 16 channels or leave it.
+        round_to=8 if min((layer.output_shape[0] for layer in layers if layer.kind == "conv"), default=64) >= 32 else 4,
         finetune=task_finetune(task, layers, finetune_steps, seed),
     )
 

@@ -98,8 +98,13 @@ def search(
     from .search.console import Console, prepare
 
     prepare()
+    import signal
+
     from .search.run import resume_search, start_search
 
+    # Ctrl-C and `kill` end a search cleanly, also where a shell started it in the background (and ignores Ctrl-C).
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     watcher = Console()
     if resume is not None:
         found = resume_search(resume, settings, watcher=watcher)
@@ -157,8 +162,11 @@ def dashboard(
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 8080,
 ) -> None:
     """Serve the Optuna dashboard of a run on 127.0.0.1, also while it is running."""
+    import warnings
+
     from .studies.dashboard import serve
 
+    warnings.simplefilter("ignore")  # of libraries, about plots of few trials
     serve(folder, port, lambda url: typer.echo(f"Dashboard of {folder}: {url}  (Ctrl-C ends it)"))
 
 
