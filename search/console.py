@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.text import Text
 
 from ..core.codec import describe_plan
-from ..core.types import Evaluation, Measurement, State
+from ..core.types import Evaluation, State, Task
 from ..evaluators.units import show
 from ..studies.pareto import hypervolume
 from ..studies.report import front_table
@@ -43,7 +43,7 @@ class Console:
         self._at_start = 0
         self.interrupted = False
 
-    def started(self, study: Study, config: SearchConfig, baseline: Record, resumed: int) -> None:
+    def started(self, study: Study, config: SearchConfig, task: Task, baseline: Record) -> None:
         """Say what is searched, what the untouched model does, and what the search may cost."""
         self._study, self._config, self._start = study, config, time.monotonic()
         self._base = study.values(baseline.metrics)
@@ -54,18 +54,18 @@ class Console:
         workers = f"{config.workers} worker{'s' if config.workers > 1 else ''}"
         print_(f"[bold]{config.model}[/bold] on {config.data} for {config.target} → {study.folder}")
         print_(f"{config.trials} trials, {workers}, sampler {config.sampler}, seed {config.seed}")
-        if resumed:
-            print_(f"resumed: {resumed} trials were recorded before")
+        if len(records) > 1:
+            print_(f"resumed: {len(records)} trials were recorded before")
         figures = ", ".join(
             f"{o.name} {show(o.name, baseline.metrics[o.name].value, o.unit)}" for o in study.objectives
         )
         print_(f"untouched model: {figures}")
         least = baseline.seconds * max(0, config.trials - len(records)) / config.workers
         print_(f"cost: at least {_duration(least)} for the trials to come; training comes on top (forecast below)")
-        accuracy = baseline.metrics.get("accuracy")
-        if accuracy is not None and _is_chance(accuracy, study):
-            print_("[yellow]warning: the model is no better than chance (random weights?); accuracy will mean little. "
-                   "Give trained ones with --weights.[/yellow]")  # fmt: skip
+        if not task.trained:
+            print_(
+                "[yellow]warning: the weights are random, so accuracy means nothing; --weights loads trained ones[/yellow]"
+            )
         if self._console.is_terminal:
             self._live = Live(Text("…"), console=self._console, refresh_per_second=2, transient=True)
             self._live.start()
@@ -168,11 +168,6 @@ class Console:
         if done < 1 or left < 1:
             return "about the rest: unknown" if left > 0 else "last ones"
         return f"about {_duration((time.monotonic() - self._start) / done * left)} left"
-
-
-def _is_chance(accuracy: Measurement, study: Study) -> bool:
-    """Whether accuracy's interval reaches down to guessing among the classes (at best ten are assumed)."""
-    return accuracy.ci95 is not None and accuracy.ci95[0] < 0.1
 
 
 def _duration(seconds: float) -> str:

@@ -44,7 +44,7 @@ from .samplers import make_sampler
 class Watcher(Protocol):
     """Who shows a running search; every method may do nothing."""
 
-    def started(self, study: Study, config: SearchConfig, baseline: Record, resumed: int) -> None: ...
+    def started(self, study: Study, config: SearchConfig, task: Task, baseline: Record) -> None: ...
 
     def changed(self, progress: Progress, evaluation: Evaluation | None) -> None: ...
 
@@ -56,7 +56,7 @@ class Watcher(Protocol):
 class Silent:
     """A watcher that shows nothing."""
 
-    def started(self, study: Study, config: SearchConfig, baseline: Record, resumed: int) -> None:
+    def started(self, study: Study, config: SearchConfig, task: Task, baseline: Record) -> None:
         """Ignore."""
 
     def changed(self, progress: Progress, evaluation: Evaluation | None) -> None:
@@ -160,7 +160,7 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
             watcher.changed(progress, evaluation)
 
         untouched = next(record for record in study.records() if record.baseline == "untouched")
-        watcher.started(study, config, untouched, earlier)
+        watcher.started(study, config, task, untouched)
         engine = Engine(
             space=space,
             objectives=objectives,
