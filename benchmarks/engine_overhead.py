@@ -28,17 +28,17 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 
 import optuna
-from autocompress.evaluators.objectives import Objective
-from autocompress.search.engine import Engine
-from autocompress.search.executors import Executor, InlineExecutor, RayExecutor
-from autocompress.search.samplers import SAMPLERS, make_sampler
-from autocompress.studies.storage import Database, sqlite_url
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from autocompress.core.registry import operator
 from autocompress.core.types import Candidate, Chooser, Evaluation, Measurement, Method, Plan, Provenance, State, Task
+from autocompress.evaluators.objectives import Objective
+from autocompress.search.engine import Engine
+from autocompress.search.executors import Executor, InlineExecutor, RayExecutor
+from autocompress.search.samplers import SAMPLERS, make_sampler
+from autocompress.studies.storage import Database, sqlite_url
 
 WORKERS = 2
 WARM_UP = 6  # trials that every engine does before its clock starts

@@ -138,6 +138,10 @@ def parse_constraint(text: str) -> Constraint:
     name, sign, number, unit = match.groups()
     objective: Objective = OBJECTIVES.get(name)
     at_most, value = sign == "<=", float(number)
+    if unit == "pt" and objective.unit:
+        raise InputError(
+            f"constraint '{text}': points (pt) are for shares such as accuracy; use a unit or % for {name}"
+        )
     if unit == "%":
         kind, value = "percent", value / 100
     elif unit == "pt":

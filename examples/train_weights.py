@@ -14,9 +14,9 @@ import json
 import time
 from pathlib import Path
 
-from autocompress.compression.training import Schedule, accuracy, fit, timed_steps
 from safetensors.torch import save_file
 
+from autocompress.compression.training import Schedule, accuracy, fit, timed_steps
 from autocompress.core.types import Task
 from autocompress.tasks.models import ModelSource, load_task
 

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 import yaml
+
 from autocompress.studies.report import front_as_markdown
 from autocompress.studies.study import Study
 

@@ -9,17 +9,17 @@ Z95 = 1.959964
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """Median and its 95 % interval from order statistics, free of assumptions on the distribution.
+    """Median and its interval from order statistics, of at least 95 % whatever the distribution.
 
-    Source: Conover, Practical Nonparametric Statistics, 3rd ed., section 3.2 (normal approximation).
+    Source: Conover, Practical Nonparametric Statistics, 3rd ed., section 3.2 (exact binomial).
     """
+    from scipy.stats import binom
+
     ordered = sorted(values)
     count = len(ordered)
     middle = (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
-    half = Z95 * math.sqrt(count) / 2
-    low = max(0, math.floor(count / 2 - half))
-    high = min(count - 1, math.ceil(count / 2 + half))
-    return middle, (ordered[low], ordered[high])
+    low = max(0, int(binom.ppf(0.025, count, 0.5)) - 1)
+    return middle, (ordered[low], ordered[count - 1 - low])
 
 
 def share_interval(successes: int, count: int) -> tuple[float, float]:

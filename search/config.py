@@ -87,6 +87,9 @@ def load_config(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(settings, dict):
         raise InputError(f"config {path}: expected keys and values, got {type(settings).__name__}")
+    strange = [key for key in settings if not isinstance(key, str)]
+    if strange:
+        raise InputError(f"config {path}: unknown key '{strange[0]}'. Keys: {', '.join(SearchConfig.model_fields)}")
     return settings
 
 

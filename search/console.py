@@ -63,9 +63,7 @@ class Console:
         least = baseline.seconds * max(0, config.trials - len(records)) / config.workers
         print_(f"cost: at least {_duration(least)} for the trials to come; training comes on top (forecast below)")
         if not task.trained:
-            print_(
-                "[yellow]warning: the weights are random, so accuracy means nothing; --weights loads trained ones[/yellow]"
-            )
+            print_("warning: random weights, so accuracy means nothing; --weights loads trained ones", style="yellow")
         if self._console.is_terminal:
             self._live = Live(Text("…"), console=self._console, refresh_per_second=2, transient=True)
             self._live.start()
@@ -87,6 +85,10 @@ class Console:
             self._live.update(Text(text))
         elif done == 0:
             self._console.print(f"measuring {total} front points and baselines again on the test split")
+
+    def trouble(self, text: str) -> None:
+        """Tell of something that went wrong without ending the search."""
+        self._console.print(text, style="yellow", markup=False)
 
     def ended(self, study: Study, progress: Progress) -> None:
         """Close the live line; print the front and where everything is."""

@@ -112,13 +112,13 @@ class Engine:
             self.executor.close()
         return self.progress
 
-    def record(self, evaluation: Evaluation, params: Mapping[str, BaseDistribution] | None = None) -> int:
-        """Write a finished evaluation into the database and remember it; returns the trial's number."""
+    def record(self, evaluation: Evaluation, params: Mapping[str, BaseDistribution] | None = None) -> Evaluation:
+        """Write a finished evaluation into the database and remember it; returns it as it was recorded."""
         evaluation = self._checked(evaluation)
         values = self._values(evaluation)
         evaluation = dataclasses.replace(evaluation, baseline=self._names.get(evaluation.candidate.key, ""))
         violations = [v for v in evaluation.violations if v is not None]
-        number = self.database.add(
+        self.database.add(
             complete=values is not None,
             values=values,
             params=evaluation.candidate.params,
@@ -134,7 +134,7 @@ class Engine:
         )
         self._known[evaluation.candidate.key] = _Known(values, violations)
         self._count(evaluation.state)
-        return number
+        return evaluation
 
     def _proposals(self) -> Any:
         """Yield candidates that are neither known nor running; ends where only repeats come."""
@@ -180,7 +180,7 @@ class Engine:
     def _finish(self, evaluation: Evaluation) -> None:
         trials = self._pending.pop(evaluation.candidate.key)
         first = trials[0]
-        self.record(evaluation, first.distributions if first else None)
+        evaluation = self.record(evaluation, first.distributions if first else None)
         for trial in trials:
             if trial is not None:
                 self._tell(trial, self._known[evaluation.candidate.key])

@@ -66,15 +66,15 @@ class InlineExecutor:
         alarm = self._timeout is not None and threading.current_thread() is threading.main_thread()
         if alarm:
             previous = signal.signal(signal.SIGALRM, self._ring)
-            signal.setitimer(signal.ITIMER_REAL, self._timeout or 0)
+            outer, _ = signal.setitimer(signal.ITIMER_REAL, self._timeout or 0)
         try:
             return self._evaluate(candidate)
         except Exception as error:  # the evaluation is the user's code as well as ours: record, and go on
             return failed(candidate, error, time.perf_counter() - started)
         finally:
             if alarm:
-                signal.setitimer(signal.ITIMER_REAL, 0)
                 signal.signal(signal.SIGALRM, previous)
+                signal.setitimer(signal.ITIMER_REAL, outer)
 
     def _ring(self, number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"took longer than {self._timeout:g} s")

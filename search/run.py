@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import datetime
 import fcntl
+import math
 import os
 import shutil
 import time
@@ -19,7 +20,7 @@ import torch
 from ..compression.graph import find_layers
 from ..core.codec import check_plan, decode_plan, encode_measurements, plan_key
 from ..core.errors import AutocompressError, CandidateError, InputError, MissingDependencyError
-from ..core.registry import BACKENDS, SPACES
+from ..core.registry import BACKENDS, OBJECTIVES, SPACES
 from ..core.types import Artifact, Backend, Candidate, Data, Evaluation, Plan, Space, State, Task
 from ..evaluators.objectives import (
     Constraint,
@@ -34,7 +35,7 @@ from ..spaces.stock import task_finetune
 from ..studies.pareto import nondominated
 from ..studies.report import write_reports
 from ..studies.storage import Database, sqlite_url
-from ..studies.study import Record, Study
+from ..studies.study import Record, Study, make_folder
 from .config import SearchConfig, make_config, save_config
 from .engine import Engine, Progress
 from .executors import Executor, InlineExecutor, RayExecutor
@@ -50,6 +51,8 @@ class Watcher(Protocol):
 
     def measuring(self, done: int, total: int) -> None: ...
 
+    def trouble(self, text: str) -> None: ...
+
     def ended(self, study: Study, progress: Progress) -> None: ...
 
 
@@ -63,6 +66,9 @@ class Silent:
         """Ignore."""
 
     def measuring(self, done: int, total: int) -> None:
+        """Ignore."""
+
+    def trouble(self, text: str) -> None:
         """Ignore."""
 
     def ended(self, study: Study, progress: Progress) -> None:
@@ -109,6 +115,9 @@ def start_search(
     folder = Path(config.out or _new_folder())
     if (folder / "config.yaml").exists():
         raise InputError(f"{folder} holds a run already: --resume {folder} goes on with it, --out starts another")
+    if config.storage is None:
+        for left in folder.glob("study.db*"):
+            left.unlink()  # of a search that was refused before its first trial
     config = config.model_copy(update={"out": str(folder)})
     return _run(config, folder, task, space, watcher or Silent())
 
@@ -131,6 +140,8 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
     constraints = tuple(parse_constraint(text) for text in config.constraints)
     for constraint in constraints:
         check_metric(constraint.name, backend)
+        if OBJECTIVES.get(constraint.name).function is not None and constraint.name not in config.objectives:
+            raise InputError(f"constraint '{constraint.text}': name {constraint.name} among the objectives as well")
     sampler_check = make_sampler(config.sampler, seed=0, trials=config.trials, constrained=bool(constraints))
     del sampler_check
     if task is None:
@@ -138,9 +149,8 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
 
         task = load_task(config.model, config.data, config.weights, config.image_size, config.seed)
     space = _check_space(space or make_space(config, task, backend))
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with _only_driver(folder):
-        save_config(config, folder)
         evaluator = Evaluator(task, backend, objectives, constraints, folder)
         names = [objective.name for objective in objectives]
         directions = [objective.direction for objective in objectives]
@@ -151,6 +161,8 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
         earlier = len(database.trials())
         before = time.monotonic()
         evaluator = _with_baseline(evaluator, study, constraints, baselines)
+        # Only now: settings that were refused must leave the folder free for the right ones.
+        save_config(config, folder)
         limit = None if config.time is None else max(1.0, config.time - (time.monotonic() - before))
         cleaner = _Cleaner(study, baselines)
 
@@ -199,8 +211,11 @@ def _with_baseline(
     evaluation = evaluator(Candidate(()))
     if evaluation.state is State.FAILED:
         raise CandidateError(f"the untouched model fails on {evaluator.backend.name}: {evaluation.reason}")
-    check_constraints(constraints, evaluation.measurements)
     found = evaluation.measurements
+    for objective in evaluator.objectives:
+        if objective.name not in found or not math.isfinite(found[objective.name].value):
+            raise CandidateError(f"the untouched model has no {objective.name} on {evaluator.backend.name}")
+    check_constraints(constraints, found)
     violations = tuple(c.violation(found, found) for c in constraints)
     broken = ", ".join(c.text for c, violation in zip(constraints, violations, strict=True) if violation > 0)
     if broken:
@@ -292,8 +307,10 @@ def _measure_front(evaluator: Evaluator, study: Study, database: Database, watch
         assert record.artifact is not None
         try:
             metrics = evaluator.again(record.artifact, decode_plan(record.plan), record.metrics, "test")
-        except CandidateError:
-            continue  # its file is gone: the point keeps its search-split figures, and says so
+        except (AutocompressError, RuntimeError, OSError) as error:
+            # The point keeps its search-split figures, and says so.
+            watcher.trouble(f"trial {record.trial} could not be measured again: {error}")
+            continue
         database.set_front(record.trial, "test", encode_measurements(metrics))
 
 

@@ -12,7 +12,7 @@ import torch
 from ..compression.finetune import Finetune, usual_finetune
 from ..compression.graph import Layer, find_layers
 from ..compression.pruning import Prune
-from ..compression.quantization import Quantize
+from ..compression.quantization import BITS, Quantize
 from ..core.errors import InputError
 from ..core.registry import SPACES
 from ..core.types import Capabilities, Chooser, Operator, Plan, Task
@@ -90,7 +90,7 @@ class PruneQuantize:
                 params |= tuned if cut and self.finetune.steps else {}
                 params |= {f"bits.{group}": bits for group in self.groups} if self.bits else {}
                 if bits == FLOAT and self.float_bits:
-                    params["bits.float"] = 32
+                    params["bits.float"] = self.float_bits[0]
                 if bits != FLOAT:
                     params["calibrator"] = "max"
                 found.append(params)
@@ -120,6 +120,9 @@ def stock_space(
     """
     if granularity not in GRANULARITIES:
         raise InputError(f"granularity must be one of {', '.join(GRANULARITIES)}, not '{granularity}'")
+    strange = sorted(set(bits) - set(BITS))
+    if strange:
+        raise InputError(f"bits must be among {', '.join(map(str, BITS))}, not {', '.join(map(str, strange))}")
     layers = find_layers(task.build(), torch.zeros(1, *task.data.image_shape))
     groups = group_layers(layers, granularity)
     offered = bits or capabilities.bits

@@ -18,7 +18,7 @@ def write_plot(study: Study, records: Sequence[Record], points: Sequence[Point],
     """Plotly page: the first objective against the second, every trial, the front drawn, baselines marked."""
     import plotly.graph_objects as go
 
-    y, x = _axes(study)
+    y, x = _axes(study, points)
     figure = go.Figure()
     done = [r for r in records if r.metrics.get(x) and r.metrics.get(y)]
     beaten = [r for r in done if r.trial not in {p.trial for p in points}]
@@ -114,12 +114,13 @@ class _Factors:
         return factor, f"{name} ({unit})" if unit else name
 
 
-def _axes(study: Study) -> tuple[str, str]:
-    """Vertical and horizontal metric: accuracy against latency where both were asked for."""
+def _axes(study: Study, points: Sequence[Point]) -> tuple[str, str]:
+    """Vertical and horizontal metric: accuracy against latency where there are such figures."""
     names = [objective.name for objective in study.objectives]
     vertical = "accuracy" if "accuracy" in names else names[0]
     rest = [name for name in names if name != vertical]
-    horizontal = "latency" if "latency" in rest or not rest else rest[0]
+    measured = [name for name in ("latency", "size", "parameters") if all(name in p.metrics for p in points)]
+    horizontal = "latency" if "latency" in rest else rest[0] if rest else measured[0]
     return vertical, horizontal
 
 

@@ -75,7 +75,7 @@ class Point:
             raise InputError(f"trial {self.trial}: its file is no longer in the run folder")
         if (folder / "bundle.json").exists():
             raise InputError(f"{folder} holds a bundle already; choose another folder")
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         shutil.copy2(self.artifact.path, folder / self.artifact.path.name)
         card = {
             "file": self.artifact.path.name,
@@ -111,11 +111,14 @@ class Study:
             raise InputError(f"{path} is no run folder: it has no config.yaml (expected the --out of a search)")
         import yaml
 
-        config = yaml.safe_load((path / "config.yaml").read_text())
-        url = config.get("storage") or sqlite_url(path)
-        if url.startswith("sqlite") and not config.get("storage") and not (path / "study.db").is_file():
-            raise InputError(f"{path} has no study.db yet: the search ended before its first trial")
-        return cls(path, [OBJECTIVES.get(name) for name in config["objectives"]], Database(url, study=config["study"]))
+        try:
+            config = yaml.safe_load((path / "config.yaml").read_text())
+            if not config.get("storage") and not (path / "study.db").is_file():
+                raise InputError(f"{path} has no study.db yet: the search ended before its first trial")
+            names, study, url = config["objectives"], config["study"], config.get("storage") or sqlite_url(path)
+        except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+            raise InputError(f"{path / 'config.yaml'} is broken: {' '.join(str(error).split())[:200]}") from error
+        return cls(path, [OBJECTIVES.get(name) for name in names], Database(url, study=study))
 
     @property
     def storage(self) -> BaseStorage:
@@ -205,6 +208,14 @@ class Study:
         import pandas
 
         return pandas.DataFrame([trial_row(record) for record in self.records()])
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and its parents; raises InputError where that can't be done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"can't make the folder {folder}: {error.strerror}") from error
 
 
 def read_record(trial: FrozenTrial, folder: Path) -> Record:

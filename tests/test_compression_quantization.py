@@ -8,6 +8,10 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from autocompress import Data, InputError, Quantize, Split, Task, load_task
 from autocompress.compression.graph import find_layers, fold_batchnorm
 from autocompress.compression.quantization import (
     Grid,
@@ -17,10 +21,6 @@ from autocompress.compression.quantization import (
     without_rounding,
 )
 from autocompress.compression.training import accuracy
-from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor, nn
-
-from autocompress import Data, InputError, Quantize, Split, Task, load_task
 from autocompress.core.errors import CandidateError
 from autocompress.tasks.data import normalise
 

@@ -9,11 +9,11 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from autocompress.compression.finetune import Finetune
-from autocompress.compression.training import Distillation, Schedule, accuracy, augment, batches, fit
 from torch import Tensor, nn
 
 from autocompress import InputError, Prune, Task
+from autocompress.compression.finetune import Finetune
+from autocompress.compression.training import Distillation, Schedule, accuracy, augment, batches, fit
 from autocompress.core.errors import CandidateError
 from autocompress.core.types import Split
 from autocompress.tasks.data import normalise

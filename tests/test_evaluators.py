@@ -9,18 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from autocompress.evaluators.metrics import parity_error, score
-from autocompress.evaluators.objectives import check_constraints, parse_constraint
-from autocompress.evaluators.pipeline import Evaluator, baseline_plans, cheap_figures, lowest_bits
-from autocompress.hardware.statistics import mean_interval, median_interval, share_interval
-from autocompress.search.run import make_backend
-from autocompress.studies.pareto import hypervolume, nondominated
 from torch import nn
 
 from autocompress import Candidate, Evaluation, Finetune, InputError, Measurement, Plan, Prune, Quantize, Task
 from autocompress.core.codec import check_order, plan_key
 from autocompress.core.errors import CandidateError
 from autocompress.core.types import Backend, Method, Provenance, State
+from autocompress.evaluators.metrics import parity_error, score
+from autocompress.evaluators.objectives import check_constraints, parse_constraint
+from autocompress.evaluators.pipeline import Evaluator, baseline_plans, cheap_figures, lowest_bits
+from autocompress.hardware.statistics import mean_interval, median_interval, share_interval
+from autocompress.search.run import make_backend
+from autocompress.studies.pareto import hypervolume, nondominated
 
 HERE = Provenance(Method.MEASURED, "test", "test", "")
 

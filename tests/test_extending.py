@@ -12,14 +12,14 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from autocompress.evaluators.objectives import Built
-from autocompress.hardware.device import provenance
-from autocompress.hardware.onnx_export import export_onnx
 from torch import nn
 
 import autocompress as ac
 from autocompress.core.registry import BACKENDS, OBJECTIVES, OPERATORS, SPACES, Registry, backend, operator
 from autocompress.core.types import Artifact, Capabilities, Method, Provenance
+from autocompress.evaluators.objectives import Built
+from autocompress.hardware.device import provenance
+from autocompress.hardware.onnx_export import export_onnx
 
 
 @operator

@@ -15,14 +15,14 @@ from typing import ClassVar
 
 import psutil
 import pytest
+
+from autocompress.core.types import Candidate, Chooser, Evaluation, Measurement, Method, Plan, Provenance, State
 from autocompress.evaluators.objectives import Objective
 from autocompress.search.engine import Engine
 from autocompress.search.executors import RayExecutor
 from autocompress.search.samplers import make_sampler
 from autocompress.studies.storage import Database, sqlite_url
 from autocompress.studies.study import Study
-
-from autocompress.core.types import Candidate, Chooser, Evaluation, Measurement, Method, Plan, Provenance, State
 
 QUICK = ("--finetune-steps", "20", "--executor", "inline", "--out", "run")
 SEARCH = [sys.executable, "-m", "autocompress", "search"]

@@ -12,10 +12,6 @@ from typing import Any
 import optuna
 import pytest
 import torch
-from autocompress.search.engine import Engine, Progress
-from autocompress.search.executors import InlineExecutor
-from autocompress.search.samplers import SAMPLERS, make_sampler
-from autocompress.studies.storage import Database, sqlite_url
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from torch import nn
 
@@ -31,6 +27,10 @@ from autocompress.core.codec import (
 )
 from autocompress.core.registry import OBJECTIVES, operator
 from autocompress.core.types import Method, Provenance, State
+from autocompress.search.engine import Engine, Progress
+from autocompress.search.executors import InlineExecutor
+from autocompress.search.samplers import SAMPLERS, make_sampler
+from autocompress.studies.storage import Database, sqlite_url
 
 HERE = Provenance(Method.SIMULATED, "test", "test", "2026-01-01T00:00:00+00:00")
 NAMES = ("loss", "size")

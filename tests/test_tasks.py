@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from autocompress.compression.training import accuracy
 from PIL import Image
 from safetensors.torch import save_file
 
 from autocompress import Data, InputError, Split, Task, load_data, load_task
+from autocompress.compression.training import accuracy
 from autocompress.tasks.data import CIFAR_CLASSES, normalise
 from autocompress.tasks.models import WEIGHTS_FOLDER
 

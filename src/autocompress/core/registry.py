@@ -47,7 +47,12 @@ class Registry:
         if not self._loaded:
             self._loaded = True
             for point in entry_points(group=self.group):
-                self.add(point.name, point.load())
+                try:
+                    self.add(point.name, point.load())
+                except Exception as error:  # another package's code may raise anything while it is imported
+                    raise InputError(
+                        f"{self.kind} '{point.name}': loading {point.value} failed: {type(error).__name__}: {error}"
+                    ) from error
 
 
 OPERATORS = Registry("operator", "autocompress.operators")

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..core.errors import InputError, unknown
 from ..core.types import Data, Split
-from .specs import import_object
+from .specs import call_object
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -48,10 +48,7 @@ def load_data(spec: str | Data, image_size: int = 224) -> Data:
             raise InputError("imagefolder needs a path: imagefolder:PATH, with one sub-folder per class")
         return check_data(_image_folder(Path(rest), image_size))
     if rest:
-        made = import_object(spec, kind="data")()
-        if not isinstance(made, Data):
-            raise InputError(f"{spec}() must return an autocompress.Data, not {type(made).__name__}")
-        return check_data(made)
+        return check_data(call_object(spec, "data", Data))
     raise unknown("data", spec, ["digits", "cifar10", "imagefolder:PATH"], "Own data: module.path:callable.")
 
 
@@ -146,8 +143,9 @@ def _find_cifar10() -> Path:
 
 def _cached_arrays(source: Path, decode: Callable[[Path], list[np.ndarray]]) -> list[np.ndarray]:
     """Decode `source` once; later calls map the same arrays from the cache folder."""
-    stat = source.stat()
-    mark = f"{source.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|2"
+    paths = sorted(source.rglob("*")) if source.is_dir() else [source]
+    stats = [(str(path), path.stat()) for path in paths]
+    mark = f"{source.resolve()}|2|{[(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]}"
     folder = cache_folder() / f"{source.stem.split('.')[0]}-{hashlib.sha256(mark.encode()).hexdigest()[:12]}"
     if not (folder / "done").exists():
         folder.mkdir(parents=True, exist_ok=True)

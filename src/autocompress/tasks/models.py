@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..core.errors import InputError, MissingDependencyError, unknown
 from ..core.types import Data, Task
 from .data import load_data
-from .specs import import_object
+from .specs import call_object
 
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 
@@ -137,10 +137,7 @@ class ModelSource:
         if name == "timm" and rest:
             return _timm(rest, self.classes, self.channels)
         if rest:
-            made = import_object(self.spec, kind="model")()
-            if not isinstance(made, nn.Module):
-                raise InputError(f"model '{self.spec}' must return a torch.nn.Module, not {type(made).__name__}")
-            return made
+            return call_object(self.spec, "model", nn.Module)
         raise unknown("model", self.spec, BUILT_IN, "Others: torchvision:NAME, timm:NAME, module.path:callable.")
 
 

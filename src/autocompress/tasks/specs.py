@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ..core.errors import InputError
+from ..core.errors import AutocompressError, InputError
+
+T = TypeVar("T")
 
 
 def import_object(spec: str, kind: str) -> Any:
@@ -31,4 +33,24 @@ def import_object(spec: str, kind: str) -> Any:
     made = getattr(module, attribute)
     if not callable(made):
         raise InputError(f"{kind} '{spec}': '{attribute}' is not callable")
+    return made
+
+
+def _full_name(kind: type) -> str:
+    package = kind.__module__.partition(".")[0]
+    name = f"{package}.nn.{kind.__name__}" if package == "torch" else f"{package}.{kind.__name__}"
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def call_object(spec: str, kind: str, expected: type[T]) -> T:
+    """Call what `spec` names without arguments; raises InputError if it fails or returns another type."""
+    function = import_object(spec, kind)
+    try:
+        made = function()
+    except AutocompressError:
+        raise
+    except Exception as error:  # the user's own code may raise anything
+        raise InputError(f"{kind} '{spec}' failed: {type(error).__name__}: {error}") from error
+    if not isinstance(made, expected):
+        raise InputError(f"{kind} '{spec}' must return {_full_name(expected)}, not {type(made).__name__}")
     return made
