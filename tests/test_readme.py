@@ -37,6 +37,7 @@ def test_command_snippet_of_your_own_model_runs(tmp_path: Path) -> None:
         run(shlex.split(line), tmp_path)
 
 
+@pytest.mark.slow
 def test_command_snippet_of_the_main_job_runs_with_a_smaller_budget(tmp_path: Path) -> None:
     data = Path(os.environ.get("AUTOCOMPRESS_DATA", ROOT.parent / "shared" / "data")).resolve()
     if not (data / "cifar10.tar.xz").exists() and not (data / "cifar10").exists():
