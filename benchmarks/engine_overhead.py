@@ -39,6 +39,7 @@ from autocompress.search.engine import Engine
 from autocompress.search.executors import Executor, InlineExecutor, RayExecutor
 from autocompress.search.samplers import SAMPLERS, make_sampler
 from autocompress.studies.storage import Database, sqlite_url
+from autocompress.studies.study import Study
 
 WORKERS = 2
 WARM_UP = 6  # trials that every engine does before its clock starts
@@ -133,11 +134,9 @@ def time_autocompress(job: Job, executor: Executor) -> float:
 
     engine = Engine(
         space=space,
-        objectives=OBJECTIVES,
-        database=Database(sqlite_url(job.folder), DIRECTIONS, NAMES),
+        study=Study(job.folder, OBJECTIVES, Database(sqlite_url(job.folder), DIRECTIONS, NAMES)),
         executor=executor,
         sampler=job.new_sampler(),
-        folder=job.folder,
         trials=job.total,
         on_change=lambda progress, evaluation: stamps.add() if evaluation is not None else None,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,7 +23,8 @@ class Prune:
     """Remove the output channels of least magnitude.
 
     Channels that a shortcut ties together are cut together, ranked by their group's mean norm
-    (Fang et al. 2023, DepGraph, arXiv:2301.12900). The last layer keeps its outputs.
+    (Fang et al. 2023, DepGraph, arXiv:2301.12900); where tied layers are given different shares, that of the
+    first one in Torch-Pruning's group decides. The last layer keeps its outputs.
 
     Attributes:
         ratio: share of channels to remove, 0 <= ratio < 1, for all layers or by layer name; layers
@@ -43,7 +45,9 @@ class Prune:
     retrains = False
 
     def __post_init__(self) -> None:
-        ratios = self.ratio.values() if isinstance(self.ratio, Mapping) else [self.ratio]
+        ratios = list(self.ratio.values()) if isinstance(self.ratio, Mapping) else [self.ratio]
+        if not ratios:
+            raise InputError("Prune: ratio names no layer; leave the step out to prune nothing")
         for ratio in ratios:
             if not 0 <= ratio < 1:
                 raise InputError(f"Prune: ratio must be at least 0 and below 1, not {ratio}")
@@ -93,7 +97,7 @@ class Prune:
         channels = int(getattr(module, "out_channels", 0) or getattr(module, "out_features", 0))
         if channels <= self.round_to:
             return 0.0
-        kept = max(1, round(channels * (1 - ratio) / self.round_to)) * self.round_to
+        kept = max(1, math.floor(channels * (1 - ratio) / self.round_to + 0.5)) * self.round_to
         # A hair less than the exact share: Torch-Pruning truncates what is to be kept.
         return max(0.0, 1 - min(kept, channels) / channels - 1e-6)
 

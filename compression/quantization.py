@@ -119,6 +119,8 @@ class Quantize:
     retrains = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) and not self.bits:
+            raise InputError("Quantize: bits names no layer; leave the step out to quantize nothing")
         for bits in {self.bits} if isinstance(self.bits, int) else set(self.bits.values()):
             if bits not in BITS:
                 raise InputError(f"Quantize: bits must be one of {', '.join(map(str, BITS))}, not {bits}")
@@ -243,8 +245,8 @@ def activation_grid(low: float, high: float, bits: int, symmetric: bool) -> Grid
         return Grid(torch.tensor(max(high / levels, 1e-8)), 0, 0, levels)
     if symmetric:
         top = 2 ** (bits - 1) - 1
-        return Grid(torch.tensor(max(-low, high) / top), 0, -top - 1, top)
-    scale = (high - low) / levels
+        return Grid(torch.tensor(max(max(-low, high) / top, 1e-8)), 0, -top - 1, top)
+    scale = max((high - low) / levels, 1e-8)
     return Grid(torch.tensor(scale), round(-low / scale), 0, levels)
 
 

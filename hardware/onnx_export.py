@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
@@ -22,15 +23,19 @@ from ..core.types import Artifact
 
 BITS_KEY = "autocompress.bits"
 INPUT, OUTPUT = "input", "logits"
-_INTEGER = {True: (TensorProto.INT8, np.int8), False: (TensorProto.UINT8, np.uint8)}
 
 
-def export_onnx(model: nn.Module, image_shape: tuple[int, int, int], path: Path, runtime: str) -> Artifact:
+def export_onnx(
+    model: nn.Module, image_shape: tuple[int, int, int], path: Path, runtime: str, *, clip_last: bool = False
+) -> Artifact:
     """Write `model` as ONNX: input "input" (batch, C, H, W) float32, output "logits" (batch, classes).
 
     Integer layers get QuantizeLinear/DequantizeLinear pairs with the scales found by `Quantize`, int8
     weights and float32 biases; 16-bit layers store float16 weights. The bit-width of every layer goes
     into the file's metadata.
+
+    Args:
+        clip_last: below 8 bits, whether values are clipped to the narrower grid after the QDQ pair, not before.
 
     Raises:
         CandidateError: the exporter can't handle the model, or a layer's weight is not in the graph.
@@ -41,7 +46,7 @@ def export_onnx(model: nn.Module, image_shape: tuple[int, int, int], path: Path,
     if not quantization:
         fold_batchnorm(plain, find_layers(plain, example))
     proto = _export_float(plain, example)
-    _insert_qdq(proto, quantization, plain)
+    _insert_qdq(proto, quantization, plain, clip_last)
     bits = ",".join(f"{name}={entry.bits}" for name, entry in quantization.items())
     helper.set_model_props(proto, {BITS_KEY: bits})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +57,10 @@ def export_onnx(model: nn.Module, image_shape: tuple[int, int, int], path: Path,
 
 def bits_in_graph(path: Path) -> dict[str, int]:
     """The bit-width of each layer below 32, as stored in the file."""
-    proto = onnx.load(str(path), load_external_data=False)
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise CandidateError(f"{path} is no readable ONNX file: {error}") from error
     entry = next((prop.value for prop in proto.metadata_props if prop.key == BITS_KEY), "")
     return {name: int(bits) for name, _, bits in (item.rpartition("=") for item in entry.split(",") if item)}
 
@@ -96,7 +104,9 @@ def _strip(proto: onnx.ModelProto) -> None:
         del value.metadata_props[:]
 
 
-def _insert_qdq(proto: onnx.ModelProto, quantization: dict[str, LayerQuantization], model: nn.Module) -> None:
+def _insert_qdq(
+    proto: onnx.ModelProto, quantization: dict[str, LayerQuantization], model: nn.Module, clip_last: bool
+) -> None:
     graph = proto.graph
     initializers = {entry.name: entry for entry in graph.initializer}
     order = list(graph.node)
@@ -132,54 +142,45 @@ def _insert_qdq(proto: onnx.ModelProto, quantization: dict[str, LayerQuantizatio
                 )
             )
         if entry.input is not None:
-            nodes, rounded = _round_nodes(graph, entry.input, node.input[0], prefix + "i", entry.bits)
+            nodes, rounded = _round_nodes(graph, entry.input, node.input[0], prefix + "i", entry.bits, clip_last)
             before += nodes
             node.input[0] = rounded
         node.input[list(node.input).index(stored)] = prefix + "wf"
         at = order.index(node)
         order[at:at] = before
         if entry.output is not None:
-            # A linear layer may end in a separate Add of its bias; its output is that sum.
-            last = _with_bias(order, node, initializers)
-            outer, last.output[0] = last.output[0], prefix + "y"
-            nodes, rounded = _round_nodes(graph, entry.output, prefix + "y", prefix + "o", entry.bits)
+            outer, node.output[0] = node.output[0], prefix + "y"
+            nodes, rounded = _round_nodes(graph, entry.output, prefix + "y", prefix + "o", entry.bits, clip_last)
             nodes[-1].output[0] = outer
-            at = order.index(last) + 1
+            at = order.index(node) + 1
             order[at:at] = nodes
         graph.initializer.remove(initializers.pop(stored))
     del graph.node[:]
     graph.node.extend(order)
 
 
-def _with_bias(
-    order: list[onnx.NodeProto], node: onnx.NodeProto, initializers: dict[str, TensorProto]
-) -> onnx.NodeProto:
-    users = [other for other in order if node.output[0] in other.input]
-    if node.op_type == "MatMul" and len(users) == 1 and users[0].op_type == "Add":
-        other = next((name for name in users[0].input if name != node.output[0]), "")
-        return users[0] if other in initializers else node
-    return node
-
-
 def _round_nodes(
-    graph: onnx.GraphProto, grid: Grid, source: str, prefix: str, bits: int
+    graph: onnx.GraphProto, grid: Grid, source: str, prefix: str, bits: int, clip_last: bool
 ) -> tuple[list[onnx.NodeProto], str]:
     """Nodes that round tensor `source` to `grid`; below 8 bits a Clip keeps to the narrower grid."""
-    signed = grid.low < 0
-    _, dtype = _INTEGER[signed]
+    dtype = np.int8 if grid.low < 0 else np.uint8
     scale = np.float32(float(grid.scale))
     graph.initializer.append(numpy_helper.from_array(np.asarray(scale), prefix + "s"))
     graph.initializer.append(numpy_helper.from_array(np.asarray(grid.zero_point, dtype), prefix + "z"))
-    nodes = []
+    steps: list[tuple[str, list[str]]] = [
+        ("QuantizeLinear", [prefix + "s", prefix + "z"]),
+        ("DequantizeLinear", [prefix + "s", prefix + "z"]),
+    ]
     if bits < 8:
         for end, value in (("l", grid.low), ("h", grid.high)):
             limit = np.asarray(np.float32(value - grid.zero_point) * scale, np.float32)
             graph.initializer.append(numpy_helper.from_array(limit, prefix + end))
-        nodes.append(helper.make_node("Clip", [source, prefix + "l", prefix + "h"], [prefix + "c"]))
-        source = prefix + "c"
-    nodes.append(helper.make_node("QuantizeLinear", [source, prefix + "s", prefix + "z"], [prefix + "q"]))
-    nodes.append(helper.make_node("DequantizeLinear", [prefix + "q", prefix + "s", prefix + "z"], [prefix + "d"]))
-    return nodes, prefix + "d"
+        steps.insert(2 if clip_last else 0, ("Clip", [prefix + "l", prefix + "h"]))
+    nodes = []
+    for number, (kind, inputs) in enumerate(steps):
+        nodes.append(helper.make_node(kind, [source, *inputs], [f"{prefix}{number}"]))
+        source = f"{prefix}{number}"
+    return nodes, source
 
 
 def _find_weight(initializers: dict[str, TensorProto], name: str, weight: np.ndarray) -> tuple[str, bool]:

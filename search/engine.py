@@ -9,9 +9,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -19,11 +18,10 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from ..core.codec import check_plan, describe_plan, digest, encode_evaluation, plan_key
+from ..core.codec import check_plan, plan_key
 from ..core.errors import InputError
 from ..core.types import Candidate, Evaluation, Plan, Space, State
-from ..evaluators.objectives import Objective
-from ..studies.storage import Database
+from ..studies.study import Study
 from .executors import Executor
 from .samplers import VIOLATIONS
 
@@ -55,6 +53,7 @@ class Engine:
     """One search, or its continuation.
 
     Attributes:
+        study: where results are recorded; its trials count as done.
         space: a function of the trial that returns a plan; a `starts` attribute (list of parameters) is
             proposed first.
         baselines: plans to mark as baselines, by name.
@@ -64,11 +63,9 @@ class Engine:
     """
 
     space: Space
-    objectives: Sequence[Objective]
-    database: Database
+    study: Study
     executor: Executor
     sampler: BaseSampler
-    folder: Path
     trials: int
     seconds: float | None = None
     baselines: Mapping[str, Plan] = field(default_factory=dict)
@@ -77,12 +74,12 @@ class Engine:
 
     def __post_init__(self) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        directions: list[Any] = [objective.direction for objective in self.objectives]
+        directions: list[Any] = self.study.directions
         self._memory = optuna.create_study(sampler=self.sampler, directions=directions)
         self._known: dict[str, _Known] = {}
         self._pending: dict[str, list[Trial | None]] = {}
         self._names = {plan_key(plan): name for name, plan in self.baselines.items()}
-        for trial in self.database.trials():
+        for trial in self.study.stored():
             self._remember(trial)
 
     def run(self) -> Progress:
@@ -115,24 +112,10 @@ class Engine:
     def record(self, evaluation: Evaluation, params: Mapping[str, BaseDistribution] | None = None) -> Evaluation:
         """Write a finished evaluation into the database and remember it; returns it as it was recorded."""
         evaluation = self._checked(evaluation)
-        values = self._values(evaluation)
         evaluation = dataclasses.replace(evaluation, baseline=self._names.get(evaluation.candidate.key, ""))
+        self.study.write(evaluation, params)
         violations = [v for v in evaluation.violations if v is not None]
-        self.database.add(
-            complete=values is not None,
-            values=values,
-            params=evaluation.candidate.params,
-            distributions=params or {},
-            user_attrs={
-                "summary": describe_plan(evaluation.candidate.plan),
-                "state": str(evaluation.state),
-                "reason": evaluation.reason,
-                "evaluation": encode_evaluation(evaluation, self.folder),
-            },
-            system_attrs={"constraints": violations} if values is not None and violations else {},
-            seconds=evaluation.seconds,
-        )
-        self._known[evaluation.candidate.key] = _Known(values, violations)
+        self._known[evaluation.candidate.key] = _Known(self.study.known_values(evaluation), violations)
         self._count(evaluation.state)
         return evaluation
 
@@ -191,17 +174,7 @@ class Engine:
 
         reason = f"the space failed: {describe_error(error)}"
         self._memory.tell(trial, state=TrialState.FAIL)
-        key = digest({"params": trial.params, "error": reason})
-        stored = encode_evaluation(Evaluation(Candidate(()), State.FAILED, reason=reason), self.folder) | {"key": key}
-        self.database.add(
-            complete=False,
-            values=None,
-            params=trial.params,
-            distributions=trial.distributions,
-            user_attrs={"summary": "", "state": "failed", "reason": reason, "evaluation": stored},
-            system_attrs={},
-            seconds=0.0,
-        )
+        self.study.write_broken(trial.params, trial.distributions, reason)
         self._count(State.FAILED)
         self._show(None)
 
@@ -236,21 +209,13 @@ class Engine:
         """The evaluation without figures that are no numbers; a failure where an objective is missing then."""
         bad = {name: m.value for name, m in evaluation.measurements.items() if not math.isfinite(m.value)}
         kept = {name: m for name, m in evaluation.measurements.items() if name not in bad}
-        missing = next((objective.name for objective in self.objectives if objective.name not in kept), "")
+        missing = next((objective.name for objective in self.study.objectives if objective.name not in kept), "")
         if not missing or evaluation.state is not State.COMPLETE:
             return dataclasses.replace(evaluation, measurements=kept)
         reason = (
             f"{missing} is {bad[missing]}, not a finite number" if missing in bad else f"{missing} was not measured"
         )
         return dataclasses.replace(evaluation, measurements=kept, state=State.FAILED, reason=reason)
-
-    def _values(self, evaluation: Evaluation) -> list[float] | None:
-        """Objective values, or None where one is unknown."""
-        if evaluation.state is State.FAILED:
-            return None
-        found = [evaluation.measurements.get(objective.name) for objective in self.objectives]
-        values = [m.value for m in found if m is not None]
-        return values if len(values) == len(self.objectives) else None
 
     def _wanted(self) -> int:
         return self.trials - self.progress.trials - len(self._pending)

@@ -130,7 +130,7 @@ class RayExecutor:
             if self.address is None:
                 settings |= {"num_cpus": self.workers, "include_dashboard": False, "_node_ip_address": LOOPBACK}
             try:
-                ray.init(self.address, **settings)
+                ray.init(self.address or "local", **settings)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise InputError(f"can't start or join Ray: {str(error).splitlines()[0]}") from error
         self._shared = ray.put(self.evaluate)

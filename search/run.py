@@ -142,8 +142,7 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
         check_metric(constraint.name, backend)
         if OBJECTIVES.get(constraint.name).function is not None and constraint.name not in config.objectives:
             raise InputError(f"constraint '{constraint.text}': name {constraint.name} among the objectives as well")
-    sampler_check = make_sampler(config.sampler, seed=0, trials=config.trials, constrained=bool(constraints))
-    del sampler_check
+    make_sampler(config.sampler, seed=0, trials=config.trials, constrained=bool(constraints))  # checks the name
     if task is None:
         from ..tasks.models import load_task
 
@@ -160,7 +159,7 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
         baselines = baseline_plans(backend, task_finetune(task, layers, config.finetune_steps, config.seed))
         earlier = len(database.trials())
         before = time.monotonic()
-        evaluator = _with_baseline(evaluator, study, constraints, baselines)
+        evaluator = _with_baseline(evaluator, study, constraints, baselines, config.trial_timeout)
         # Only now: settings that were refused must leave the folder free for the right ones.
         save_config(config, folder)
         limit = None if config.time is None else max(1.0, config.time - (time.monotonic() - before))
@@ -175,14 +174,12 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
         watcher.started(study, config, task, untouched)
         engine = Engine(
             space=space,
-            objectives=objectives,
-            database=database,
+            study=study,
             executor=_make_executor(config, evaluator),
             # Another seed after an interruption: the same one would propose the same candidates again.
             sampler=make_sampler(
                 config.sampler, seed=config.seed + earlier, trials=config.trials, constrained=bool(constraints)
             ),
-            folder=folder,
             trials=config.trials,
             seconds=limit,
             baselines=baselines,
@@ -190,17 +187,22 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
         )
         progress = engine.run()
         if progress.ended != "interrupted":
-            _measure_front(evaluator, study, database, watcher)
-            shutil.rmtree(
-                folder / "cache", ignore_errors=True
-            )  # trained weights that later candidates could start from
+            try:
+                _measure_front(evaluator, study, database, watcher)
+                shutil.rmtree(folder / "cache", ignore_errors=True)  # trained weights; no candidate will share them now
+            except KeyboardInterrupt:
+                progress.ended = "interrupted"
         write_reports(study)
         watcher.ended(study, progress)
     return study
 
 
 def _with_baseline(
-    evaluator: Evaluator, study: Study, constraints: tuple[Constraint, ...], baselines: dict[str, Plan]
+    evaluator: Evaluator,
+    study: Study,
+    constraints: tuple[Constraint, ...],
+    baselines: dict[str, Plan],
+    timeout: float,
 ) -> Evaluator:
     """Evaluate the untouched model first: limits are relative to it, and it must run at all."""
     known = next((record for record in study.records() if record.baseline == "untouched"), None)
@@ -208,7 +210,9 @@ def _with_baseline(
         evaluation = Evaluation(Candidate(()), known.state, known.metrics, artifact=known.artifact)
         check_constraints(constraints, evaluation.measurements)
         return dataclasses.replace(evaluator, baseline=evaluation)
-    evaluation = evaluator(Candidate(()))
+    executor = InlineExecutor(evaluator, timeout)
+    executor.submit(Candidate(()))
+    (evaluation,) = executor.wait(0)
     if evaluation.state is State.FAILED:
         raise CandidateError(f"the untouched model fails on {evaluator.backend.name}: {evaluation.reason}")
     found = evaluation.measurements
@@ -224,22 +228,9 @@ def _with_baseline(
         )
     evaluation = dataclasses.replace(evaluation, violations=violations)
     if known is None:
-        _record_untouched(study, evaluator, evaluation, baselines)
+        untouched = next(name for name, plan in baselines.items() if plan == ())
+        study.write(dataclasses.replace(evaluation, baseline=untouched))
     return dataclasses.replace(evaluator, baseline=evaluation)
-
-
-def _record_untouched(study: Study, evaluator: Evaluator, evaluation: Evaluation, baselines: dict[str, Plan]) -> None:
-    engine = Engine(
-        space=lambda trial: (),
-        objectives=evaluator.objectives,
-        database=study._database,
-        executor=InlineExecutor(evaluator),
-        sampler=make_sampler("random", seed=0, trials=1, constrained=False),
-        folder=evaluator.folder,
-        trials=1,
-        baselines=baselines,
-    )
-    engine.record(evaluation)
 
 
 def make_backend(target: str, threads: int = 0) -> Backend:
@@ -253,8 +244,7 @@ def make_backend(target: str, threads: int = 0) -> Backend:
     missing = backend.missing()
     if missing:
         raise MissingDependencyError(missing)
-    cores = getattr(backend, "cores", None)  # reading it checks the number of threads
-    del cores
+    getattr(backend, "cores", None)  # reading it checks the number of threads
     return backend
 
 

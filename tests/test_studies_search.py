@@ -31,6 +31,7 @@ from autocompress.search.engine import Engine, Progress
 from autocompress.search.executors import InlineExecutor
 from autocompress.search.samplers import SAMPLERS, make_sampler
 from autocompress.studies.storage import Database, sqlite_url
+from autocompress.studies.study import Study
 
 HERE = Provenance(Method.SIMULATED, "test", "test", "2026-01-01T00:00:00+00:00")
 NAMES = ("loss", "size")
@@ -115,11 +116,9 @@ def search(tmp_path: Path) -> Callable[..., Search]:
         database = Database(sqlite_url(folder), ["minimize", "minimize"], NAMES)
         engine = Engine(
             space=space,
-            objectives=[OBJECTIVES.get(objective) for objective in NAMES],
-            database=database,
+            study=Study(folder, [OBJECTIVES.get(objective) for objective in NAMES], database),
             executor=InlineExecutor(evaluation, timeout),
             sampler=make_sampler(sampler, seed=seed, trials=trials, constrained=False),
-            folder=folder,
             trials=trials,
             on_change=lambda progress, finished: shown.append(finished) if finished else None,
             **settings,
