@@ -17,6 +17,7 @@ import yaml
 from autocompress.studies.report import front_as_markdown
 from autocompress.studies.study import Study
 
+WITHIN = 0.05  # accuracy lost at most by the points shown
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -32,14 +33,19 @@ def main() -> None:
 
 
 def front_section(folder: Path) -> str:
-    """The run's front as Markdown, with where it was measured."""
+    """The run's front as Markdown, with where it was measured; points of no use to anyone are left out."""
     study = Study.open(folder)
     points, records = study.front(), study.records()
+    base = next(point for point in points if point.baseline == "untouched").metrics["accuracy"].value
+    left_out = sum(point.metrics["accuracy"].value < base - WITHIN for point in points)
     source = points[0].metrics["latency"].provenance
     workers = yaml.safe_load((folder / "config.yaml").read_text())["workers"]
     minutes = sum(record.seconds for record in records) / workers / 60
     where = f"{source.device}, {source.runtime}, {source.taken_at[:10]}"
-    return f"{front_as_markdown(study)}\n{len(records)} trials in about {minutes:.0f} minutes; {where}.\n"
+    ends = f"{left_out} smaller points, which lose more than {WITHIN * 100:.0f} points of accuracy, are left out"
+    return (
+        f"{front_as_markdown(study, WITHIN)}\n{len(records)} trials in about {minutes:.0f} minutes; {where}; {ends}.\n"
+    )
 
 
 def overhead_section(rows: list[dict[str, object]]) -> str:

@@ -124,8 +124,12 @@ def front_table(study: Study) -> Table:
     return table
 
 
-def front_as_markdown(study: Study) -> str:
-    """The front as a Markdown table."""
-    header, rows = _cells(study, study.front())
+def front_as_markdown(study: Study, within: float = 1.0) -> str:
+    """The front as a Markdown table; points that lose more than `within` of the untouched accuracy are left out."""
+    points = study.front()
+    least = max((p.metrics["accuracy"].value for p in points if p.baseline == "untouched"), default=0.0) - within
+    header, rows = _cells(
+        study, [p for p in points if "accuracy" not in p.metrics or p.metrics["accuracy"].value >= least]
+    )
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
