@@ -65,7 +65,7 @@ class Console:
         if not task.trained:
             print_("warning: random weights, so accuracy means nothing; --weights loads trained ones", style="yellow")
         if self._console.is_terminal:
-            self._live = Live(Text("…"), console=self._console, refresh_per_second=2, transient=True)
+            self._live = Live(Text("starting the workers"), console=self._console, refresh_per_second=2, transient=True)
             self._live.start()
 
     def changed(self, progress: Progress, evaluation: Evaluation | None) -> None:
