@@ -19,6 +19,7 @@ def usual_finetune(macs: int, images: int, steps: int | None = None, seed: int =
     """The fine-tuning that suits a model and its data, where the user gave no number of steps.
 
     An epoch, but at least 100 steps, and no more than about a minute on one CPU core; at least 10 steps.
+    The minute is for plain convolutions: depthwise ones take a few, as CPUs train them far below their peak.
 
     Args:
         macs: multiply-accumulates for one image.

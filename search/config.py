@@ -39,7 +39,7 @@ class SearchConfig(BaseModel):
         space: "auto", "prune", "quantize" or "module.path:callable" (a function of the trial).
         bits: bit-widths on offer in stock spaces; [] for all that the target runs.
         finetune_steps: training steps after a cut, in stock spaces and in the pruning baseline; none for an
-            epoch, or what one CPU core can do in about a minute.
+            epoch, or less for big models (about a minute on one CPU core, a few where convolutions are depthwise).
         trials: candidates to evaluate, baselines included.
         time: wall-clock budget in seconds ("30m" in YAML); none for no limit.
         trial_timeout: seconds after which one candidate counts as hanging.

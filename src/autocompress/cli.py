@@ -64,7 +64,7 @@ def search(
     ] = None,
     bits: Annotated[list[int] | None, typer.Option(help="Bit-widths on offer; below 8 is simulated.")] = None,
     finetune_steps: Annotated[
-        int | None, typer.Option(help="Training steps after a cut; default: an epoch, at most about a minute.")
+        int | None, typer.Option(help="Training steps after a cut; default: an epoch, less for big models.")
     ] = None,
     sampler: Annotated[str | None, typer.Option(help="tpe, nsga2, nsga3, gp or random.")] = None,
     trials: Annotated[int | None, typer.Option(help="Candidates to evaluate, baselines included.")] = None,
