@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -66,14 +66,11 @@ class LayerQuantization:
     weight: Grid | None = None
     input: Grid | None = None
     output: Grid | None = None
-    hooks: list[Any] = field(default_factory=list)
 
     def attach(self, module: nn.Module) -> None:
         """Round the module's input and output from now on."""
-        self.hooks = [
-            module.register_forward_pre_hook(_round_input),
-            module.register_forward_hook(_round_output),
-        ]
+        module.register_forward_pre_hook(_round_input)
+        module.register_forward_hook(_round_output)
 
 
 def _round_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

@@ -38,10 +38,6 @@ class Objective:
     cost: str = "costly"
     function: Callable[[Built], Measurement] | None = None
 
-    def better(self, a: float, b: float) -> bool:
-        """Whether `a` is strictly better than `b`."""
-        return a > b if self.direction == "maximize" else a < b
-
 
 for _entry in (
     Objective("accuracy", "maximize", ""),

@@ -132,7 +132,7 @@ class Evaluator:
             for start in range(0, len(part), 1024)
         ]
         method = Method.SIMULATED if lowest_bits(plan) < min(self.backend.capabilities.bits) else Method.MEASURED
-        return score(np.concatenate(pieces), part.labels, provenance(self.backend.name, 1, method))
+        return score(np.concatenate(pieces), part.labels, provenance(self.backend.name, method=method))
 
     def _cached(self, model: nn.Module, prefix: Plan) -> nn.Module:
         """Run the last, retraining step of `prefix`, or load what an earlier candidate with this prefix learnt."""
@@ -152,7 +152,7 @@ class Evaluator:
     def _size(self, artifact: Artifact, found: dict[str, Measurement]) -> None:
         from ..hardware.device import provenance
 
-        source = provenance(self.backend.name, 1)
+        source = provenance(self.backend.name)
         found["size"] = Measurement("size", float(artifact.size_bytes), "B", None, 1, source)
 
     def _size_bound(self, model: nn.Module, plan: Plan) -> Measurement:
@@ -161,7 +161,7 @@ class Evaluator:
 
         stored = 8 * max(1, -(-lowest_bits(plan) // 8))
         weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
-        return Measurement("size", weights * stored / 8, "B", None, 1, provenance("computed", 1, Method.PREDICTED))
+        return Measurement("size", weights * stored / 8, "B", None, 1, provenance("computed", method=Method.PREDICTED))
 
     def _limits_hardware(self) -> bool:
         return self.baseline is not None and any(c.name in self.backend.capabilities.metrics for c in self.constraints)
@@ -194,7 +194,7 @@ class Evaluator:
         with torch.no_grad():
             expected = model.eval()(torch.from_numpy(images)).numpy()
         error = parity_error(expected, self.backend.predict(artifact, images))
-        source = provenance(self.backend.name, 1)
+        source = provenance(self.backend.name)
         found["parity"] = Measurement("parity", error, "", None, len(images), source)
         limit = FLOAT_PARITY if lowest_bits(plan) == 32 else ROUNDED_PARITY
         if not error <= limit:

@@ -339,3 +339,16 @@ def test_export_does_not_overwrite(cli: Cli, small_run: Path) -> None:
 
 def test_the_dashboard_refuses_a_port_that_can_not_be_used(cli: Cli, small_run: Path) -> None:
     assert "port 70000" in cli.refuses("dashboard", small_run, "--port", "70000")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["serch"], "'search'"),
+        (["search", "--constraint", "size<=50%"], "--constraints"),
+        (["search", "--trials", "many"], "--trials"),
+        (["front"], "folder"),
+    ],
+)
+def test_a_wrong_command_or_flag_is_one_clear_line(cli: Cli, arguments: list[str], word: str) -> None:
+    assert word in cli.refuses(*arguments)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.exceptions import TyperException
 
 from .core.errors import AutocompressError, InputError
 
@@ -220,13 +221,17 @@ def expand_many(arguments: Sequence[str]) -> list[str]:
 
 
 def main() -> None:
-    """Run the command line; every error of ours is one line on standard error and exit code 2."""
+    """Run the command line; every wrong input is one line on standard error and exit code 2."""
     try:
-        app(args=expand_many(sys.argv[1:]), standalone_mode=True)
+        sys.exit(app(args=expand_many(sys.argv[1:]), standalone_mode=False) or 0)
     except AutocompressError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except TyperException as error:
+        if len(sys.argv) > 1:  # without any argument the help was printed, and says it all
+            typer.echo(f"error: {' '.join(error.format_message().split())} (see --help)", err=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted", err=True)
         sys.exit(130)
     except BrokenPipeError:
