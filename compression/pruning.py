@@ -12,6 +12,7 @@ from torch import nn
 from ..core.errors import CandidateError, InputError
 from ..core.registry import operator
 from ..core.types import Task
+from ..tasks.data import example_input
 from .graph import find_layers
 
 IMPORTANCES = ("l1", "l2")
@@ -60,7 +61,7 @@ class Prune:
         """Return the narrower model; raises CandidateError where the cut can't be made."""
         import torch_pruning as tp
 
-        example = torch.zeros(1, *task.data.image_shape)
+        example = example_input(task.data)
         layers = find_layers(model, example)
         modules = dict(model.named_modules())
         ratios = self.ratio if isinstance(self.ratio, Mapping) else {layer.name: self.ratio for layer in layers}

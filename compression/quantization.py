@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..core.errors import CandidateError, InputError
 from ..core.registry import operator
 from ..core.types import Task
-from ..tasks.data import normalise
+from ..tasks.data import example_input, normalise
 from .graph import Layer, find_layers, fold_batchnorm
 
 BITS = (32, 16, 8, 7, 6, 5, 4, 3, 2)
@@ -130,7 +130,7 @@ class Quantize:
 
     def __call__(self, model: nn.Module, task: Task) -> nn.Module:
         """Return the model with rounded weights and activations, its batch norms folded."""
-        example = torch.zeros(1, *task.data.image_shape)
+        example = example_input(task.data)
         layers = find_layers(model, example)
         chosen = self._chosen(layers)
         fold_batchnorm(model, layers)
@@ -208,7 +208,7 @@ class Quantize:
         try:
             with torch.no_grad():
                 for start in range(0, len(picked), 64):
-                    images = train.images[np.sort(picked[start : start + 64])]
+                    images = train.inputs[np.sort(picked[start : start + 64])]
                     model.eval()(torch.from_numpy(normalise(task.data, images)))
         finally:
             for handle in handles:

@@ -73,7 +73,7 @@ def bf16_is_native() -> bool:
 
 
 def batches(data: Data, split: Split, size: int, seed: int, device: str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield endless shuffled, augmented batches: float32 (size, C, H, W) and int64 (size,).
+    """Yield endless shuffled, augmented batches: float32 (size, C, H, W), or int64 tokens (size, L), and int64 (size,).
 
     One random shift and one coin for mirroring per image; each epoch sees every image once.
     """
@@ -85,9 +85,13 @@ def batches(data: Data, split: Split, size: int, seed: int, device: str = "cpu")
         order = rng.permutation(len(split))
         for start in range(0, len(split) - size + 1, size):
             chosen = order[start : start + size]
-            images = augment(split.images[chosen], data.shift, data.flip, rng)
+            labels = torch.from_numpy(split.labels[chosen]).to(device)
+            if data.vocabulary:
+                yield torch.from_numpy(np.asarray(split.inputs[chosen], np.int64)).to(device), labels
+                continue
+            images = augment(split.inputs[chosen], data.shift, data.flip, rng)
             x = torch.from_numpy(images).to(device).float().div_(255).sub_(mean).div_(std)
-            yield x.contiguous(memory_format=torch.channels_last), torch.from_numpy(split.labels[chosen]).to(device)
+            yield x.contiguous(memory_format=torch.channels_last), labels
 
 
 def augment(images: np.ndarray, shift: int, flip: bool, rng: np.random.Generator) -> np.ndarray:
@@ -177,7 +181,7 @@ def accuracy(model: nn.Module, data: Data, split: Split, batch_size: int = 500) 
     with torch.no_grad():
         for start in range(0, len(split), batch_size):
             piece = slice(start, start + batch_size)
-            logits = model.eval()(torch.from_numpy(normalise(data, split.images[piece])))
+            logits = model.eval()(torch.from_numpy(normalise(data, split.inputs[piece])))
             right += int((logits.argmax(1).numpy() == split.labels[piece]).sum())
     return right / len(split)
 

@@ -128,7 +128,7 @@ class Evaluator:
         part = self.task.data.split(split)
         # Normalised in pieces: float32 takes four times the memory of the stored pixels.
         pieces = [
-            self.backend.predict(artifact, normalise(self.task.data, part.images[start : start + 1024]))
+            self.backend.predict(artifact, normalise(self.task.data, part.inputs[start : start + 1024]))
             for start in range(0, len(part), 1024)
         ]
         method = Method.SIMULATED if lowest_bits(plan) < min(self.backend.capabilities.bits) else Method.MEASURED
@@ -190,7 +190,7 @@ class Evaluator:
         from ..tasks.data import normalise
         from .metrics import parity_error
 
-        images = normalise(self.task.data, self.task.data.search.images[:PARITY_IMAGES])
+        images = normalise(self.task.data, self.task.data.search.inputs[:PARITY_IMAGES])
         with torch.no_grad():
             expected = model.eval()(torch.from_numpy(images)).numpy()
         error = parity_error(expected, self.backend.predict(artifact, images))
@@ -226,12 +226,11 @@ class Evaluator:
 
 def cheap_figures(model: nn.Module, task: Task) -> dict[str, Measurement]:
     """Parameters and multiply-accumulates for one image; exact, and known before any training."""
-    import torch
-
     from ..compression.graph import find_layers
+    from ..tasks.data import example_input
 
     parameters = sum(p.numel() for p in model.parameters())
-    macs = sum(layer.macs for layer in find_layers(model, torch.zeros(1, *task.data.image_shape)))
+    macs = sum(layer.macs for layer in find_layers(model, example_input(task.data)))
     source = Provenance(Method.MEASURED, "any", "counted", "")
     return {
         "parameters": Measurement("parameters", float(parameters), "", None, 1, source),

@@ -26,15 +26,16 @@ INPUT, OUTPUT = "input", "logits"
 
 
 def export_onnx(
-    model: nn.Module, image_shape: tuple[int, int, int], path: Path, runtime: str, *, clip_last: bool = False
+    model: nn.Module, example: torch.Tensor, path: Path, runtime: str, *, clip_last: bool = False
 ) -> Artifact:
-    """Write `model` as ONNX: input "input" (batch, C, H, W) float32, output "logits" (batch, classes).
+    """Write `model` as ONNX: input "input" (batch, ...), output "logits" (batch, classes).
 
     Integer layers get QuantizeLinear/DequantizeLinear pairs with the scales found by `Quantize`, int8
     weights and float32 biases; 16-bit layers store float16 weights. The bit-width of every layer goes
     into the file's metadata.
 
     Args:
+        example: one input, as `tasks.data.example_input` makes it.
         clip_last: below 8 bits, whether values are clipped to the narrower grid after the QDQ pair, not before.
 
     Raises:
@@ -42,7 +43,6 @@ def export_onnx(
     """
     quantization = quantized_layers(model)
     plain = without_rounding(model)
-    example = torch.zeros(1, *image_shape)
     if not quantization:
         fold_batchnorm(plain, find_layers(plain, example))
     proto = _export_float(plain, example)

@@ -35,7 +35,9 @@ def _measure(request: dict[str, Any]) -> dict[str, Any]:
     from .runtimes import RUNTIMES
 
     open_file = RUNTIMES[request["runtime"]]
-    images = np.random.default_rng(0).standard_normal((32, *request["image_shape"])).astype(np.float32)
+    rng, shape = np.random.default_rng(0), (32, *request["input_shape"])
+    tokens = request["vocabulary"]
+    images = rng.integers(0, tokens, shape) if tokens else rng.standard_normal(shape).astype(np.float32)
     one, threads = images[:1], len(request["cores"])
 
     _open_once(open_file, request, one, threads)  # the runtime's own libraries count for nobody

@@ -19,6 +19,7 @@ from ..core.errors import CandidateError, InputError
 from ..core.lane import LANE, pause_point
 from ..core.registry import backend
 from ..core.types import Artifact, Capabilities, Measurement, Method, Task
+from ..tasks.data import example_input
 from .device import has_bf16, has_int8_dot, provenance, usable_cores
 from .onnx_export import bits_in_graph, export_onnx
 from .runtimes import RUNTIMES
@@ -78,19 +79,19 @@ class CpuBackend:
         # ONNX Runtime rounds a layer's bias to the product of its scales; where a grid of few bits ends in the
         # DequantizeLinear itself, that product is too coarse. OpenVINO wants the opposite order.
         clip_last = self.runtime == "onnxruntime"
-        return export_onnx(model, task.data.image_shape, folder / "model.onnx", self.name, clip_last=clip_last)
+        return export_onnx(model, example_input(task.data), folder / "model.onnx", self.name, clip_last=clip_last)
 
-    def predict(self, artifact: Artifact, images: np.ndarray) -> np.ndarray:
-        """Logits (N, classes) of float32 images (N, C, H, W), in batches, on this process's share of the cores."""
+    def predict(self, artifact: Artifact, inputs: np.ndarray) -> np.ndarray:
+        """Logits (N, classes) of inputs as `normalise` makes them, in batches, on this process's share of the cores."""
         import torch
 
-        size = min(len(images), max(1, min(128, int(2e7 / images[0].size))))
+        size = min(len(inputs), max(1, min(128, int(2e7 / inputs[0].size))))
         try:
             run = RUNTIMES[self.runtime](str(artifact.path), size, torch.get_num_threads(), self._bf16(artifact))
             pieces = []
-            for start in range(0, len(images), size):
+            for start in range(0, len(inputs), size):
                 pause_point()
-                piece = images[start : start + size]
+                piece = inputs[start : start + size]
                 filled = (
                     np.concatenate([piece, np.repeat(piece[-1:], size - len(piece), 0)]) if len(piece) < size else piece
                 )
@@ -115,7 +116,8 @@ class CpuBackend:
             "reference": str(reference.path) if reference else "",
             "reference_bf16": bool(reference and self._bf16(reference)),
             "cores": self.cores,
-            "image_shape": list(task.data.image_shape),
+            "input_shape": list(task.data.input_shape),
+            "vocabulary": task.data.vocabulary,
             "repeats": self.repeats,
             "budget": self.budget,
         }

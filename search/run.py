@@ -36,6 +36,7 @@ from ..studies.pareto import nondominated
 from ..studies.report import write_reports
 from ..studies.storage import Database, sqlite_url
 from ..studies.study import Record, Study, make_folder
+from ..tasks.data import example_input
 from .config import SearchConfig, make_config, save_config
 from .engine import Engine, Progress
 from .executors import Executor, InlineExecutor, RayExecutor
@@ -155,7 +156,7 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
         directions = [objective.direction for objective in objectives]
         database = Database(config.storage or sqlite_url(folder), directions, names, config.study)
         study = Study(folder, objectives, database)
-        layers = find_layers(task.build(), torch.zeros(1, *task.data.image_shape))
+        layers = find_layers(task.build(), example_input(task.data))
         baselines = baseline_plans(backend, task_finetune(task, layers, config.finetune_steps, config.seed))
         earlier = len(database.trials())
         before = time.monotonic()

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..compression.finetune import Finetune, usual_finetune
 from ..compression.graph import Layer, find_layers
 from ..compression.pruning import Prune
@@ -16,6 +14,7 @@ from ..compression.quantization import BITS, Quantize
 from ..core.errors import InputError
 from ..core.registry import SPACES
 from ..core.types import Capabilities, Chooser, Operator, Plan, Task
+from ..tasks.data import example_input
 
 GRANULARITIES = ("stage", "layer")
 FLOAT = "float"
@@ -123,7 +122,7 @@ def stock_space(
     strange = sorted(set(bits) - set(BITS))
     if strange:
         raise InputError(f"bits must be among {', '.join(map(str, BITS))}, not {', '.join(map(str, strange))}")
-    layers = find_layers(task.build(), torch.zeros(1, *task.data.image_shape))
+    layers = find_layers(task.build(), example_input(task.data))
     groups = group_layers(layers, granularity)
     offered = bits or capabilities.bits
     last = layers[-1].name

@@ -215,7 +215,7 @@ def test_an_exported_bundle_does_what_its_card_says(
         assert hashlib.sha256(content).hexdigest() == card["sha256"]
         assert len(content) == card["metrics"]["size"]["value"]
         session = onnxruntime.InferenceSession(folder / "model.onnx")
-        logits = session.run(None, {"input": normalise(digits_task.data, test.images)})[0]
+        logits = session.run(None, {"input": normalise(digits_task.data, test.inputs)})[0]
         share = float((logits.argmax(1) == test.labels).mean())
         assert share == pytest.approx(card["metrics"]["accuracy"]["value"], abs=0.005)
 

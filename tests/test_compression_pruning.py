@@ -74,7 +74,7 @@ def parameters(model: nn.Module) -> int:
 def logits(model: nn.Module, task: Task) -> Tensor:
     """Logits of the search split."""
     with torch.no_grad():
-        return model.eval()(torch.from_numpy(normalise(task.data, task.data.search.images)))
+        return model.eval()(torch.from_numpy(normalise(task.data, task.data.search.inputs)))
 
 
 @pytest.mark.parametrize(

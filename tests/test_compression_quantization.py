@@ -22,7 +22,7 @@ from autocompress.compression.quantization import (
 )
 from autocompress.compression.training import accuracy
 from autocompress.core.errors import CandidateError
-from autocompress.tasks.data import normalise
+from autocompress.tasks.data import example_input, normalise
 
 LAYERS = ("conv1", "conv2", "conv3", "fc")
 
@@ -67,7 +67,7 @@ def branching() -> Task:
 def search_logits(model: nn.Module, task: Task) -> Tensor:
     """Logits of the search split."""
     with torch.no_grad():
-        return model.eval()(torch.from_numpy(normalise(task.data, task.data.search.images)))
+        return model.eval()(torch.from_numpy(normalise(task.data, task.data.search.inputs)))
 
 
 def values(seed: int, *shape: int, scale: float = 1.0) -> Tensor:
@@ -272,7 +272,7 @@ def test_folding_batch_norms_keeps_the_outputs_and_leaves_none(digits_task: Task
     for task in (digits_task, branching):
         model = task.build()
         expected = search_logits(task.build(), task)
-        fold_batchnorm(model, find_layers(model, torch.zeros(1, *task.data.image_shape)))
+        fold_batchnorm(model, find_layers(model, example_input(task.data)))
         assert not [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
         assert torch.allclose(search_logits(model, task), expected, rtol=1e-4, atol=1e-4)
 
@@ -302,7 +302,7 @@ def test_the_percentile_range_lies_inside_the_range_of_all_values(digits_task: T
 def test_the_max_range_covers_exactly_what_calibration_saw(branching: Task) -> None:
     model = branching.build()
     with torch.no_grad():
-        stream = model.norm(model.stem(torch.from_numpy(normalise(branching.data, branching.data.train.images))))
+        stream = model.norm(model.stem(torch.from_numpy(normalise(branching.data, branching.data.train.inputs))))
     entries = quantized_layers(Quantize(8)(branching.build(), branching))
     left, thin = entries["left"].input, entries["thin"].input
     assert left is not None
@@ -324,7 +324,7 @@ def test_outputs_are_rounded_only_where_asked(branching: Task) -> None:
 
 def test_calibration_reads_training_images_only(digits_task: Task) -> None:
     data = digits_task.data
-    blank = Split(np.zeros_like(data.search.images), data.search.labels)
+    blank = Split(np.zeros_like(data.search.inputs), data.search.labels)
     other = Data(data.name, data.train, blank, blank, data.classes, data.mean, data.std)
     first = Quantize(8)(digits_task.build(), digits_task)
     second = Quantize(8)(digits_task.build(), Task("digits", digits_task.build, other))

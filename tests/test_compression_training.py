@@ -144,19 +144,19 @@ def test_about_half_of_the_images_are_mirrored() -> None:
 
 
 def test_an_epoch_of_batches_holds_every_image_once_and_normalised(digits_task: Task) -> None:
-    split = Split(digits_task.data.train.images[:60], np.arange(60))
+    split = Split(digits_task.data.train.inputs[:60], np.arange(60))
     data = dataclasses.replace(digits_task.data, shift=0)
     drawn = list(islice(batches(data, split, 20, seed=5), 6))
     for epoch in (drawn[:3], drawn[3:]):
         labels = torch.cat([label for _, label in epoch])
         images = torch.cat([image for image, _ in epoch])
         assert sorted(labels.tolist()) == list(range(60))
-        assert np.allclose(images.numpy(), normalise(data, split.images)[labels.numpy()], atol=1e-6)
+        assert np.allclose(images.numpy(), normalise(data, split.inputs)[labels.numpy()], atol=1e-6)
     assert not torch.equal(drawn[0][1], drawn[3][1])
 
 
 def test_batches_are_no_larger_than_the_split(digits_task: Task) -> None:
-    split = Split(digits_task.data.train.images[:10], digits_task.data.train.labels[:10])
+    split = Split(digits_task.data.train.inputs[:10], digits_task.data.train.labels[:10])
     images, labels = next(batches(digits_task.data, split, 128, seed=0))
     assert (len(images), len(labels)) == (10, 10)
 
@@ -196,7 +196,7 @@ def test_the_teacher_is_not_changed_by_teaching(digits_task: Task) -> None:
 
 def test_a_student_learns_from_the_teacher_where_the_labels_are_wrong(digits_task: Task) -> None:
     data = digits_task.data
-    wrong = dataclasses.replace(data, train=Split(data.train.images, (data.train.labels + 1) % 10))
+    wrong = dataclasses.replace(data, train=Split(data.train.inputs, (data.train.labels + 1) % 10))
     schedule = Schedule(60, lr=0.1, batch_size=64)
     distillation = Distillation(alpha=1.0, temperature=2.0)
     student = fit(fresh(), wrong, schedule, seed=0, teacher=digits_task.build(), distillation=distillation)

@@ -20,11 +20,12 @@ from autocompress.core.types import Artifact, Capabilities, Method, Provenance
 from autocompress.evaluators.objectives import Built
 from autocompress.hardware.device import provenance
 from autocompress.hardware.onnx_export import export_onnx
+from autocompress.tasks.data import example_input
 
 
 @operator
 @dataclasses.dataclass(frozen=True)
-class Sparsify:
+class ZeroSmallest:
     """Set the smallest weights of every convolution to zero."""
 
     share: float
@@ -43,7 +44,7 @@ class Sparsify:
 def sparse_space(trial: Any) -> ac.Plan:
     share = trial.suggest_float("share", 0.2, 0.8)
     kept = trial.suggest_categorical("int8", [True, False])
-    return (Sparsify(share), ac.Quantize(8, outputs="all")) if kept else (Sparsify(share),)
+    return (ZeroSmallest(share), ac.Quantize(8, outputs="all")) if kept else (ZeroSmallest(share),)
 
 
 def zeros(built: Built) -> ac.Measurement:
@@ -67,7 +68,7 @@ class PlainBackend:
         return None
 
     def build(self, model: nn.Module, task: ac.Task, folder: Path) -> Artifact:
-        return export_onnx(model, task.data.image_shape, folder / "plain.onnx", self.name)
+        return export_onnx(model, example_input(task.data), folder / "plain.onnx", self.name)
 
     def predict(self, artifact: Artifact, images: np.ndarray) -> np.ndarray:
         return onnxruntime.InferenceSession(artifact.path).run(None, {"input": images})[0]
@@ -93,7 +94,7 @@ def study(tmp_path_factory: pytest.TempPathFactory, digits_task: ac.Task) -> ac.
     )
 
 
-@pytest.mark.parametrize("thing", [Sparsify, sparse_space, zeros, PlainBackend], ids=lambda thing: thing.__name__)
+@pytest.mark.parametrize("thing", [ZeroSmallest, sparse_space, zeros, PlainBackend], ids=lambda thing: thing.__name__)
 def test_each_is_under_20_lines(thing: Callable[..., Any]) -> None:
     assert len(inspect.getsource(thing).splitlines()) < 20
 
@@ -103,8 +104,8 @@ def test_an_own_operator_is_searched_and_stored(study: ac.Study) -> None:
     assert len(proposed) == 3
     for record in proposed:
         assert record.state == "complete", record.reason
-        assert record.plan[0] == {"op": "Sparsify", "share": record.params["share"]}
-        assert record.summary.startswith("sparsify")
+        assert record.plan[0] == {"op": "ZeroSmallest", "share": record.params["share"]}
+        assert record.summary.startswith("zerosmallest")
 
 
 def test_an_own_objective_is_optimised_and_shown(study: ac.Study) -> None:
@@ -167,7 +168,7 @@ def test_a_backend_that_measures_nothing_can_be_searched_for_accuracy_alone(
 def test_a_name_that_is_taken_can_not_be_registered_again() -> None:
     with pytest.raises(ac.InputError, match="objective 'zeros' is registered already"):
         OBJECTIVES.add("zeros", dataclasses.replace(ZEROS, direction="minimize"))
-    assert OPERATORS.add("Sparsify", Sparsify) is Sparsify
+    assert OPERATORS.add("ZeroSmallest", ZeroSmallest) is ZeroSmallest
 
 
 MODULE = """
@@ -176,6 +177,7 @@ from autocompress import Measurement, Objective
 from autocompress.core.types import Capabilities
 from autocompress.hardware.device import provenance
 from autocompress.hardware.onnx_export import export_onnx
+from autocompress.tasks.data import example_input
 
 @dataclasses.dataclass(frozen=True)
 class Nothing:
@@ -200,7 +202,7 @@ class Backend:
     def missing(self):
         return None
     def build(self, model, task, folder):
-        return export_onnx(model, task.data.image_shape, folder / "model.onnx", self.name)
+        return export_onnx(model, example_input(task.data), folder / "model.onnx", self.name)
     def predict(self, artifact, images):
         import onnxruntime
         return onnxruntime.InferenceSession(artifact.path).run(None, {"input": images})[0]

@@ -62,7 +62,7 @@ class Built:
 
     def images(self, count: int) -> np.ndarray:
         """The first of the search split, as a model's input."""
-        return normalise(self.task.data, self.task.data.search.images[:count])
+        return normalise(self.task.data, self.task.data.search.inputs[:count])
 
     def logits(self, count: int) -> np.ndarray:
         """What PyTorch makes of them."""
@@ -158,7 +158,7 @@ def test_a_file_takes_any_number_of_images(build: Build, kind: str, runtime: str
 def test_one_session_takes_batches_of_different_sizes(build: Build, name: str) -> None:
     built = build(name, "fp32", "onnxruntime")
     session = onnxruntime.InferenceSession(str(built.artifact.path), providers=["CPUExecutionProvider"])
-    assert session.get_inputs()[0].shape == ["batch", *built.task.data.image_shape]
+    assert session.get_inputs()[0].shape == ["batch", *built.task.data.input_shape]
     assert [(v.name, v.type) for v in session.get_outputs()] == [("logits", "tensor(float)")]
     for count in (1, 7):
         (got,) = session.run(None, {"input": built.images(count)})
@@ -244,7 +244,7 @@ def test_the_file_says_how_many_bits_each_layer_has(
     digits_task: Task, tmp_path: Path, bits: int | dict[str, int]
 ) -> None:
     model = Quantize(bits)(digits_task.build(), digits_task)
-    artifact = export_onnx(model, (1, 8, 8), tmp_path / "model.onnx", "x86/openvino")
+    artifact = export_onnx(model, torch.zeros(1, 1, 8, 8), tmp_path / "model.onnx", "x86/openvino")
     named = bits if isinstance(bits, dict) else dict.fromkeys(("conv1", "conv2", "conv3", "fc"), bits)
     assert bits_in_graph(artifact.path) == {name: b for name, b in named.items() if b < 32}
 
@@ -254,7 +254,7 @@ def test_a_layer_below_8_bits_stays_on_its_grid_in_the_file(
     digits_task: Task, tmp_path: Path, bits: int, symmetric: bool
 ) -> None:
     model = Quantize(bits, symmetric=symmetric, outputs="all")(digits_task.build(), digits_task)
-    artifact = export_onnx(model, (1, 8, 8), tmp_path / "model.onnx", "x86/onnxruntime")
+    artifact = export_onnx(model, torch.zeros(1, 1, 8, 8), tmp_path / "model.onnx", "x86/onnxruntime")
     proto = onnx.load(str(artifact.path))
     stored, made_by = initializers(proto), makers(proto)
     top = 2 ** (bits - 1) - 1
@@ -267,7 +267,7 @@ def test_a_layer_below_8_bits_stays_on_its_grid_in_the_file(
         kind = onnx.TensorProto.INT8 if stored[made_by[name].input[2]].dtype == np.int8 else onnx.TensorProto.UINT8
         proto.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    images = normalise(digits_task.data, digits_task.data.search.images) * 3
+    images = normalise(digits_task.data, digits_task.data.search.inputs) * 3
     found = session.run(integers, {"input": images})
     grids = [g for entry in quantized_layers(model).values() for g in (entry.input, entry.output) if g is not None]
     assert len(found) == len(grids) == 5

@@ -39,12 +39,12 @@ def tiny_cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def images_of(data: Data, split: str) -> list[bytes]:
-    return [image.tobytes() for image in data.split(split).images]
+    return [image.tobytes() for image in data.split(split).inputs]
 
 
 def assert_same(one: Data, other: Data) -> None:
     for name in SPLITS:
-        assert np.array_equal(one.split(name).images, other.split(name).images)
+        assert np.array_equal(one.split(name).inputs, other.split(name).inputs)
         assert np.array_equal(one.split(name).labels, other.split(name).labels)
 
 
@@ -85,11 +85,11 @@ def test_loading_twice_gives_the_same_splits(spec: str, image_folder: Path) -> N
 
 def test_images_are_kept_as_uint8_channels_first(image_folder: Path) -> None:
     data = load_data(f"imagefolder:{image_folder}", image_size=24)
-    assert data.image_shape == (3, 24, 24)
-    assert data.train.images.dtype == np.uint8
+    assert data.input_shape == (3, 24, 24)
+    assert data.train.inputs.dtype == np.uint8
     assert data.train.labels.dtype == np.int64
     assert data.classes == ("blue", "green", "red")
-    brightest = [data.train.images[data.train.labels == label].mean((0, 2, 3)).argmax() for label in range(3)]
+    brightest = [data.train.inputs[data.train.labels == label].mean((0, 2, 3)).argmax() for label in range(3)]
     assert brightest == [2, 1, 0], "labels follow the class names, channels are RGB"
 
 
@@ -142,7 +142,7 @@ def test_own_data_in_floating_point_is_refused() -> None:
 
 def test_normalised_images_follow_the_documented_formula(image_folder: Path) -> None:
     data = load_data(f"imagefolder:{image_folder}", image_size=16)
-    images = data.search.images
+    images = data.search.inputs
     found = normalise(data, images)
     mean, std = np.array(data.mean).reshape(3, 1, 1), np.array(data.std).reshape(3, 1, 1)
     assert found.dtype == np.float32
@@ -159,8 +159,8 @@ def test_cifar10_from_archive_and_folder_are_the_same_and_cached(
     before = {path.name for path in cache_folder.iterdir()}
     packed, unpacked = load_data(f"cifar10:{archive}"), load_data(f"cifar10:{tiny_cifar}")
     assert_same(packed, unpacked)
-    assert packed.train.images.dtype == np.uint8
-    assert packed.image_shape == (3, 32, 32)
+    assert packed.train.inputs.dtype == np.uint8
+    assert packed.input_shape == (3, 32, 32)
     assert (len(packed.train), len(packed.search), len(packed.test)) == (110, 10, 120)
     made = [path for path in cache_folder.iterdir() if path.name not in before]
     assert len(made) == 2
@@ -176,7 +176,7 @@ def test_cifar10_labels_follow_the_class_folders(tiny_cifar: Path) -> None:
         stored = {
             np.asarray(Image.open(path)).transpose(2, 0, 1).tobytes() for path in (tiny_cifar / "test" / name).iterdir()
         }
-        assert {image.tobytes() for image in data.test.images[data.test.labels == label]} == stored
+        assert {image.tobytes() for image in data.test.inputs[data.test.labels == label]} == stored
 
 
 @pytest.mark.parametrize("damage", ["cut short", "overwritten in the middle", "no archive at all"])
@@ -276,7 +276,7 @@ def test_building_a_model_leaves_the_callers_random_numbers_alone(digits_task: T
 @pytest.mark.parametrize("model", ["torchvision:mobilenet_v3_small", "timm:resnet18"])
 def test_zoo_models_take_the_datas_classes(model: str, image_folder: Path) -> None:
     task = load_task(model, f"imagefolder:{image_folder}", image_size=64)
-    assert task.data.image_shape == (3, 64, 64)
+    assert task.data.input_shape == (3, 64, 64)
     with torch.no_grad():
         assert task.build()(torch.zeros(2, 3, 64, 64)).shape == (2, 3)
 
@@ -290,11 +290,11 @@ def test_timm_models_take_greyscale_images() -> None:
 
 def test_built_in_models_take_rgb_images(image_folder: Path) -> None:
     task = load_task("resnet20", f"imagefolder:{image_folder}")
-    assert task.data.image_shape == (3, 32, 32)
+    assert task.data.input_shape == (3, 32, 32)
     with torch.no_grad():
         assert task.build()(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
 
 
 def test_image_folders_come_in_the_size_that_the_model_was_made_for(image_folder: Path) -> None:
     task = load_task("timm:test_vit", f"imagefolder:{image_folder}")
-    assert task.data.image_shape == (3, 160, 160)
+    assert task.data.input_shape == (3, 160, 160)

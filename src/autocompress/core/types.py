@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Split:
-    """Labelled images, decoded once.
+    """Labelled images or token sequences, decoded once.
 
     Attributes:
-        images: uint8, shape (N, C, H, W); may be memory-mapped.
+        inputs: images as uint8, shape (N, C, H, W), or tokens as int64, shape (N, L); may be memory-mapped.
         labels: int64, shape (N,), class numbers from 0.
     """
 
-    images: np.ndarray
+    inputs: np.ndarray
     labels: np.ndarray
 
     def __len__(self) -> int:
@@ -36,7 +36,7 @@ class Split:
 class Data:
     """Three disjoint splits and how their pixels become a model's input.
 
-    A model sees `(image / 255 - mean) / std`, float32, shape (N, C, H, W).
+    A model sees `(image / 255 - mean) / std`, float32, shape (N, C, H, W); token sequences it sees as they are.
 
     Attributes:
         train: for training and for calibration.
@@ -46,6 +46,7 @@ class Data:
         mean, std: per channel, in units of the full pixel range.
         shift: random shift in pixels used as augmentation in training; 0 for none.
         flip: whether mirrored images are as likely as the originals.
+        vocabulary: number of different tokens; 0 for images.
     """
 
     name: str
@@ -53,20 +54,20 @@ class Data:
     search: Split
     test: Split
     classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     shift: int = 0
     flip: bool = False
+    vocabulary: int = 0
 
     def split(self, name: str) -> Split:
         """Return the split called `name`: "train", "search" or "test"."""
         return {"train": self.train, "search": self.search, "test": self.test}[name]
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one image."""
-        _, channels, height, width = self.train.images.shape
-        return channels, height, width
+    def input_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of one image, or (L,) of one token sequence."""
+        return tuple(int(size) for size in self.train.inputs.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -235,12 +236,12 @@ class Backend(Protocol):
         """Write the deployable file into `folder`."""
         ...
 
-    def predict(self, artifact: Artifact, images: np.ndarray) -> np.ndarray:
-        """Logits (N, classes) of float32 images (N, C, H, W), computed by the runtime."""
+    def predict(self, artifact: Artifact, inputs: np.ndarray) -> np.ndarray:
+        """Logits (N, classes) of float32 images (N, C, H, W) or int64 tokens (N, L), computed by the runtime."""
         ...
 
     def measure(self, artifact: Artifact, task: Task, reference: Artifact | None) -> list[Measurement]:
-        """Time the file for single images, interleaved with `reference` where one is given."""
+        """Time the file for single inputs, interleaved with `reference` where one is given."""
         ...
 
 

@@ -12,13 +12,16 @@ import os
 import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..core.errors import InputError, unknown
 from ..core.types import Data, Split
 from .specs import call_object
+
+if TYPE_CHECKING:
+    import torch
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -56,29 +59,44 @@ def check_data(data: Data) -> Data:
     """Return `data` if its splits are usable; raise InputError with the first thing that is wrong."""
     for name in ("train", "search", "test"):
         split = data.split(name)
-        images, labels = split.images, split.labels
-        if images.ndim != 4 or images.dtype != np.uint8:
+        inputs, labels = split.inputs, split.labels
+        if data.vocabulary:
+            if inputs.ndim != 2 or inputs.dtype != np.int64 or inputs.min() < 0 or inputs.max() >= data.vocabulary:
+                raise InputError(
+                    f"{data.name}: {name} tokens must be int64 with shape (N, L) and lie in 0..{data.vocabulary - 1}; "
+                    f"they are {inputs.dtype} with shape {inputs.shape}, from {inputs.min()} to {inputs.max()}"
+                )
+        elif inputs.ndim != 4 or inputs.dtype != np.uint8:
             raise InputError(
                 f"{data.name}: {name} images must be uint8 with shape (N, C, H, W); "
-                f"they are {images.dtype} with shape {images.shape}"
+                f"they are {inputs.dtype} with shape {inputs.shape}"
             )
-        if len(images) != len(labels) or len(labels) == 0:
-            raise InputError(f"{data.name}: {name} split has {len(images)} images and {len(labels)} labels")
+        if len(inputs) != len(labels) or len(labels) == 0:
+            raise InputError(f"{data.name}: {name} split has {len(inputs)} inputs and {len(labels)} labels")
         if labels.min() < 0 or labels.max() >= len(data.classes):
             raise InputError(
                 f"{data.name}: {name} labels must lie in 0..{len(data.classes) - 1} "
                 f"({len(data.classes)} classes); they lie in {labels.min()}..{labels.max()}"
             )
-    if len(data.mean) != data.image_shape[0] or len(data.std) != data.image_shape[0]:
-        raise InputError(f"{data.name}: mean and std need one value per channel ({data.image_shape[0]})")
+    if not data.vocabulary and (len(data.mean) != data.input_shape[0] or len(data.std) != data.input_shape[0]):
+        raise InputError(f"{data.name}: mean and std need one value per channel ({data.input_shape[0]})")
     return data
 
 
-def normalise(data: Data, images: np.ndarray) -> np.ndarray:
-    """Turn uint8 images (N, C, H, W) into a model's float32 input of the same shape."""
+def normalise(data: Data, inputs: np.ndarray) -> np.ndarray:
+    """Turn uint8 images (N, C, H, W) into a model's float32 input of the same shape; tokens stay as they are."""
+    if data.vocabulary:
+        return np.asarray(inputs, np.int64)
     mean = np.asarray(data.mean, np.float32)[:, None, None]
     std = np.asarray(data.std, np.float32)[:, None, None]
-    return (images.astype(np.float32) / np.float32(255) - mean) / std
+    return (inputs.astype(np.float32) / np.float32(255) - mean) / std
+
+
+def example_input(data: Data, count: int = 1) -> torch.Tensor:
+    """`count` inputs of zeros, in the type and shape that the data's models take: what tracing and export run."""
+    import torch
+
+    return torch.zeros(count, *data.input_shape, dtype=torch.int64 if data.vocabulary else torch.float32)
 
 
 def cache_folder() -> Path:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError, MissingDependencyError, unknown
 from ..core.types import Data, Task
-from .data import load_data
+from .data import example_input, load_data
 from .specs import call_object
 
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
@@ -165,7 +165,7 @@ def load_task(
     if path is None:
         shipped = WEIGHTS_FOLDER / f"{model}-{loaded.name}.safetensors"
         path = shipped if shipped.is_file() else None
-    source = ModelSource(model, len(loaded.classes), loaded.image_shape[0], path, seed)
+    source = ModelSource(model, len(loaded.classes), loaded.input_shape[0], path, seed)
     own_callable = ":" in model and not model.startswith(("timm:", "torchvision:"))
     task = Task(f"{model} on {loaded.name}", source, loaded, trained=path is not None or own_callable)
     check_model(task.build(), task)
@@ -184,15 +184,14 @@ def check_model_name(spec: str) -> None:
 
 
 def check_model(model: nn.Module, task: Task) -> None:
-    """Raise InputError unless `model` maps two of the data's images to finite logits of shape (2, classes)."""
-    channels, height, width = task.data.image_shape
+    """Raise InputError unless `model` maps two of the data's inputs to finite logits of shape (2, classes)."""
     try:
         with torch.no_grad():
-            logits = model.eval()(torch.zeros(2, channels, height, width))
+            logits = model.eval()(example_input(task.data, 2))
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{task.name}: the model can't take images of {channels}x{height}x{width}: {line} "
+            f"{task.name}: the model can't take inputs of {'x'.join(map(str, task.data.input_shape))}: {line} "
             "(another --image-size, or a model made for such images, may help)"
         ) from error
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
