@@ -27,25 +27,30 @@ CALIBRATORS = ("max", "percentile")
 OUTPUTS = ("none", "shared", "all")
 
 
-@dataclass(frozen=True)
-class Grid:
+class Grid(nn.Module):
     """The values that a tensor may take: `(q - zero_point) * scale` for low <= q <= high.
+
+    A module, so that scales are stored and moved with the model that they belong to.
 
     Attributes:
         scale: a tensor of one value, or one per channel.
     """
 
     scale: Tensor
-    zero_point: int
-    low: int
-    high: int
+
+    def __init__(self, scale: Tensor, zero_point: int, low: int, high: int) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+        self.zero_point, self.low, self.high = zero_point, low, high
 
     def round(self, x: Tensor) -> Tensor:
         """Nearest grid value of each element (torch's fake quantization, ties to even)."""
         if self.scale.numel() > 1:
             zero = torch.zeros(self.scale.numel(), dtype=torch.int32)
             return torch.fake_quantize_per_channel_affine(x, self.scale, zero, 0, self.low, self.high)
-        return torch.fake_quantize_per_tensor_affine(x, float(self.scale), self.zero_point, self.low, self.high)
+        # A scale that stays a tensor, as `torch.export` can't follow the value of one.
+        zero = torch.tensor(self.zero_point, dtype=torch.int32)
+        return torch.fake_quantize_per_tensor_affine(x, self.scale, zero, self.low, self.high)
 
     def integers(self, x: Tensor) -> Tensor:
         """Grid positions of `x`, channels first where there are several scales; int32."""
@@ -53,19 +58,24 @@ class Grid:
         return (x / scale).round().add(self.zero_point).clamp(self.low, self.high).to(torch.int32)
 
 
-@dataclass
-class LayerQuantization:
-    """The grids of one layer, as attribute `quantization` of its module.
+class LayerQuantization(nn.Module):
+    """The grids of one layer, as sub-module `quantization` of its module.
 
     Attributes:
         bits: 16, or 2 to 8.
         weight, input, output: the grids; None where that tensor is not rounded.
     """
 
-    bits: int
-    weight: Grid | None = None
-    input: Grid | None = None
-    output: Grid | None = None
+    weight: Grid | None
+    input: Grid | None
+    output: Grid | None
+
+    def __init__(
+        self, bits: int, weight: Grid | None = None, input: Grid | None = None, output: Grid | None = None
+    ) -> None:
+        super().__init__()
+        self.bits = bits
+        self.weight, self.input, self.output = weight, input, output
 
     def attach(self, module: nn.Module) -> None:
         """Round the module's input and output from now on."""

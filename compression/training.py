@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from ..core.errors import CandidateError
 from ..core.lane import pause_point
 from ..core.types import Data, Split
 from ..tasks.data import normalise
+from .masks import apply_masks
 
 
 @dataclass(frozen=True)
@@ -25,18 +27,23 @@ class Schedule:
     Attributes:
         steps: optimizer steps.
         lr: peak learning rate of the one-cycle schedule (linear up, linear down to 0).
+        optimizer: "sgd" (Nesterov momentum) or "adamw".
         warmup: share of the steps in which the rate rises.
         ema: decay of the averaged weights that are returned; 0 for none.
+        patience: checks on the search split (20 in a whole run) without a lower loss after which training ends with
+            the best weights seen; 0 trains to the end.
     """
 
     steps: int
     lr: float = 0.1
     batch_size: int = 128
+    optimizer: str = "sgd"
     momentum: float = 0.9
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
     warmup: float = 0.2
     ema: float = 0.0
+    patience: int = 0
 
     def rate(self, step: int) -> float:
         """Learning rate of step 0..steps-1."""
@@ -46,23 +53,24 @@ class Schedule:
         return self.lr * (self.steps - step) / max(1, self.steps - rise)
 
 
-@dataclass(frozen=True)
-class Distillation:
-    """Response distillation (Hinton et al. 2015, arXiv:1503.02531).
+class Teaching(Protocol):
+    """What a student learns besides the labels; see `distillation`."""
 
-    Attributes:
-        alpha: weight of the teacher's part of the loss; 0 learns from labels alone.
-        temperature: softens both distributions; the loss is scaled by its square.
-    """
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Weights that are trained along and thrown away afterwards (adapters)."""
+        ...
 
-    alpha: float = 0.5
-    temperature: float = 2.0
+    def observe(self, images: Tensor) -> None:
+        """Run the teachers on the batch that the student sees next."""
+        ...
 
-    def loss(self, logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """KL divergence of softened distributions, times the squared temperature; logits (N, classes)."""
-        student = F.log_softmax(logits / self.temperature, dim=1)
-        teacher = F.log_softmax(teacher_logits / self.temperature, dim=1)
-        return F.kl_div(student, teacher, log_target=True, reduction="batchmean") * self.temperature**2
+    def mix(self, loss: Tensor, logits: Tensor) -> Tensor:
+        """The loss of logits (N, classes), given that from the labels alone."""
+        ...
+
+    def hints(self) -> Tensor | float:
+        """What is added once a step for the student's inner values."""
+        ...
 
 
 def bf16_is_native() -> bool:
@@ -115,25 +123,27 @@ def fit(
     schedule: Schedule,
     *,
     seed: int,
-    teacher: nn.Module | None = None,
-    distillation: Distillation | None = None,
+    teaching: Teaching | None = None,
     device: str = "cpu",
     on_step: Callable[[int, float], None] | None = None,
+    after_step: Callable[[int, torch.optim.Optimizer], None] | None = None,
 ) -> nn.Module:
     """Train `model` on the train split and return it in eval mode on the CPU.
 
+    Masked weights (`masks`) stay zero. A model that returns a list of logits while it trains (early exits) learns
+    from all of them alike; what its modules offer as `training_penalty` is added to the loss.
+
     Args:
-        teacher: the model to learn from; its logits count only where `distillation` is given.
         on_step: called after each step with its number and its loss.
+        after_step: called after each step with its number and the optimizer, gradients still in place, before masks
+            are applied: for what changes masks on the way.
 
     Raises:
         CandidateError: the loss is not finite.
     """
     torch.manual_seed(seed)
     model = model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    if teacher is not None:
-        teacher = teacher.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    optimizer = torch.optim.SGD(_groups(model, schedule.weight_decay), schedule.lr, schedule.momentum, nesterov=True)
+    optimizer = _optimizer(model, schedule, teaching)
     average = (
         torch.optim.swa_utils.AveragedModel(
             model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(schedule.ema), use_buffers=True
@@ -142,37 +152,93 @@ def fit(
         else None
     )
     low_precision = device != "cpu" or bf16_is_native()
+    plateau = Plateau(schedule, data) if schedule.patience else None
     source = batches(data, data.train, schedule.batch_size, seed, device)
     for step in range(schedule.steps):
         for group in optimizer.param_groups:
-            group["lr"] = schedule.rate(step)
+            group["lr"] = schedule.rate(step) * group["share"]
         pause_point()
         images, labels = next(source)
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=low_precision):
-            logits = model(images)
-            taught = teacher_logits(teacher, images) if distillation and teacher is not None else None
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=schedule.label_smoothing)
-        if distillation and taught is not None:
-            loss = (1 - distillation.alpha) * loss + distillation.alpha * distillation.loss(logits.float(), taught)
+            if teaching is not None:
+                teaching.observe(images)
+            outputs = model(images)
+        loss = _loss(model, outputs, labels, schedule, teaching)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise CandidateError(f"training diverged: the loss is {value} at step {step} of {schedule.steps}")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        if after_step:
+            after_step(step, optimizer)
+        apply_masks(model)
         if average is not None:
             average.update_parameters(model)
         if on_step:
             on_step(step, value)
+        if plateau is not None and plateau.reached(step, average.module if average is not None else model):
+            break
     if average is not None:
         model.load_state_dict(average.module.state_dict())
+    if plateau is not None:
+        model.load_state_dict(plateau.best)
+    apply_masks(model)
     return model.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
 
 
-def teacher_logits(teacher: nn.Module, images: Tensor) -> Tensor:
-    """The teacher's float32 logits (N, classes), without gradient."""
+class Plateau:
+    """Watches the loss on the search split; keeps the best weights."""
+
+    def __init__(self, schedule: Schedule, data: Data, images: int = 1000) -> None:
+        self.every, self.patience, self.data = max(1, schedule.steps // 20), schedule.patience, data
+        self.part = Split(data.search.inputs[:images], data.search.labels[:images])
+        self.last, self.lowest, self.worse = schedule.steps - 1, math.inf, 0
+        self.best: dict[str, Tensor] = {}
+
+    def reached(self, step: int, model: nn.Module) -> bool:
+        """Look at the model after this step, where it is time to; whether it has stopped getting better."""
+        if (step + 1) % self.every and step != self.last:
+            return False
+        loss = search_loss(model, self.data, self.part)
+        model.train()
+        if loss < self.lowest:
+            self.lowest, self.worse = loss, 0
+            self.best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        else:
+            self.worse += 1
+        if not self.best:
+            raise CandidateError(f"training diverged: the search split's loss is {loss} at step {step}")
+        return self.worse >= self.patience
+
+
+def search_loss(model: nn.Module, data: Data, split: Split, batch_size: int = 500) -> float:
+    """Mean cross-entropy of the PyTorch model on `split`, in eval mode and float32."""
+    device = next(model.parameters()).device
+    total = 0.0
     with torch.no_grad():
-        return teacher(images).float()
+        for start in range(0, len(split), batch_size):
+            piece = slice(start, start + batch_size)
+            logits = model.eval()(torch.from_numpy(normalise(data, split.inputs[piece])).to(device))
+            labels = torch.from_numpy(np.asarray(split.labels[piece])).to(device)
+            total += float(F.cross_entropy(logits, labels, reduction="sum"))
+    return total / len(split)
+
+
+def _loss(model: nn.Module, outputs: Any, labels: Tensor, schedule: Schedule, teaching: Teaching | None) -> Tensor:
+    heads = outputs if isinstance(outputs, (list, tuple)) else [outputs]
+    losses = []
+    for logits in heads:
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=schedule.label_smoothing)
+        losses.append(teaching.mix(loss, logits.float()) if teaching is not None else loss)
+    total = torch.stack(losses).mean()
+    if teaching is not None:
+        total = total + teaching.hints()
+    for module in model.modules():
+        penalty = getattr(module, "training_penalty", None)
+        if penalty is not None:
+            total = total + penalty()
+    return total
 
 
 def accuracy(model: nn.Module, data: Data, split: Split, batch_size: int = 500) -> float:
@@ -186,11 +252,23 @@ def accuracy(model: nn.Module, data: Data, split: Split, batch_size: int = 500) 
     return right / len(split)
 
 
-def _groups(model: nn.Module, decay: float) -> list[dict[str, object]]:
-    """Weight decay for matrices and kernels only; biases and norm scales stay free."""
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    free = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    return [{"params": decayed, "weight_decay": decay}, {"params": free, "weight_decay": 0.0}]
+def _optimizer(model: nn.Module, schedule: Schedule, teaching: Teaching | None) -> torch.optim.Optimizer:
+    """Weight decay for matrices and kernels only; biases, norm scales and quantization steps stay free.
+
+    A parameter may carry `lr_share`, its rate as a share of the schedule's.
+    """
+    chosen = [p for p in model.parameters() if p.requires_grad]
+    chosen += list(teaching.parameters()) if teaching is not None else []
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for parameter in chosen:
+        groups.setdefault((parameter.ndim > 1, getattr(parameter, "lr_share", 1.0)), []).append(parameter)
+    listed = [
+        {"params": found, "weight_decay": schedule.weight_decay if decayed else 0.0, "share": share}
+        for (decayed, share), found in groups.items()
+    ]
+    if schedule.optimizer == "adamw":
+        return torch.optim.AdamW(listed, schedule.lr)
+    return torch.optim.SGD(listed, schedule.lr, schedule.momentum, nesterov=True)
 
 
 def timed_steps(total: int, every: int, show: Callable[[str], None]) -> Callable[[int, float], None]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ..core.codec import check_order, plan_key
 from ..core.errors import AutocompressError, CandidateError
 from ..core.lane import LANE
+from ..core.notes import collect_notes
 from ..core.types import (
     Artifact,
     Backend,
@@ -20,6 +21,7 @@ from ..core.types import (
     Evaluation,
     Measurement,
     Method,
+    Operator,
     Plan,
     Provenance,
     State,
@@ -57,13 +59,14 @@ class Evaluator:
         """Evaluate; failures of the candidate come back as a result with a reason."""
         started = time.perf_counter()
         found: dict[str, Measurement] = {}
+        notes: list[str] = []
         try:
-            with LANE.shared():
+            with LANE.shared(), collect_notes() as notes:
                 evaluation = self._evaluate(candidate, found)
         except (AutocompressError, MemoryError, RuntimeError, TimeoutError) as error:
             # RuntimeError is what torch and the runtimes raise for shapes, memory and kernels.
             evaluation = Evaluation(candidate, State.FAILED, found, reason=describe_error(error))
-        return dataclasses.replace(evaluation, seconds=time.perf_counter() - started)
+        return dataclasses.replace(evaluation, seconds=time.perf_counter() - started, notes=tuple(notes))
 
     def _evaluate(self, candidate: Candidate, found: dict[str, Measurement]) -> Evaluation:
         check_order(candidate.plan)
@@ -140,6 +143,7 @@ class Evaluator:
 
         path = self.folder / "cache" / f"{plan_key(prefix)}.safetensors"
         if path.is_file():
+            model = prepared(prefix[-1], model, self.task)
             model.load_state_dict(load_file(path))
             return model.eval()
         model = prefix[-1](model, self.task)
@@ -172,7 +176,7 @@ class Evaluator:
 
         draft = copy.deepcopy(model)
         for step in candidate.plan[training:]:
-            draft = draft if step.retrains else step(draft, self.task)
+            draft = prepared(step, draft, self.task) if step.retrains else step(draft, self.task)
         artifact = self.backend.build(draft, self.task, self.folder / "artifacts" / f"{candidate.key}.draft")
         try:
             reference = self.baseline.artifact if self.baseline else None
@@ -236,6 +240,12 @@ def cheap_figures(model: nn.Module, task: Task) -> dict[str, Measurement]:
         "parameters": Measurement("parameters", float(parameters), "", None, 1, source),
         "macs": Measurement("macs", float(macs), "", None, 1, source),
     }
+
+
+def prepared(step: Operator, model: nn.Module, task: Task) -> nn.Module:
+    """The structure that a retraining step's weights fit, without the training."""
+    prepare = getattr(step, "prepare", None)
+    return prepare(model, task) if prepare is not None else model
 
 
 def lowest_bits(plan: Plan) -> int:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from autocompress import InputError, Prune, Task
+from autocompress.compression.distillation import Distillation, Teachers
 from autocompress.compression.finetune import Finetune
-from autocompress.compression.training import Distillation, Schedule, accuracy, augment, batches, fit
+from autocompress.compression.training import Schedule, accuracy, augment, batches, fit
 from autocompress.core.errors import CandidateError
 from autocompress.core.types import Split
 from autocompress.tasks.data import normalise
@@ -190,7 +191,7 @@ def test_a_trained_model_is_in_eval_mode_and_reports_each_step(digits_task: Task
 
 def test_the_teacher_is_not_changed_by_teaching(digits_task: Task) -> None:
     teacher = digits_task.build()
-    fit(fresh(), digits_task.data, SHORT, seed=0, teacher=teacher, distillation=Distillation(1.0))
+    fit(fresh(), digits_task.data, SHORT, seed=0, teaching=Teachers(Distillation(1.0), [teacher]))
     assert same_weights(teacher, digits_task.build())
 
 
@@ -199,7 +200,7 @@ def test_a_student_learns_from_the_teacher_where_the_labels_are_wrong(digits_tas
     wrong = dataclasses.replace(data, train=Split(data.train.inputs, (data.train.labels + 1) % 10))
     schedule = Schedule(60, lr=0.1, batch_size=64)
     distillation = Distillation(alpha=1.0, temperature=2.0)
-    student = fit(fresh(), wrong, schedule, seed=0, teacher=digits_task.build(), distillation=distillation)
+    student = fit(fresh(), wrong, schedule, seed=0, teaching=Teachers(distillation, [digits_task.build()]))
     assert accuracy(student, data, data.search) > 0.8
 
 

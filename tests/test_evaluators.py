@@ -229,7 +229,7 @@ def test_the_baselines_are_the_untouched_model_int8_and_a_cut() -> None:
 
 
 @pytest.mark.parametrize(
-    "plan", [(Quantize(8), Prune(0.5)), (Finetune(3), Prune(0.5)), (Quantize(8), Finetune(3))], ids=str
+    "plan", [(Quantize(8), Prune(0.5)), (Prune(0.5), Quantize(8), Finetune(3)), (Quantize(8), Finetune(3))], ids=str
 )
 def test_a_plan_out_of_order_is_refused(plan: Plan) -> None:
     with pytest.raises(InputError, match="out of order"):

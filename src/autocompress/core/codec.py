@@ -47,10 +47,15 @@ def check_order(plan: Plan) -> None:
     for step in plan:
         if not isinstance(step, Operator) or not dataclasses.is_dataclass(step):
             raise InputError(f"a plan is a tuple of operators (such as Prune, Quantize), not of {type(step).__name__}")
-    ranks = [step.rank for step in plan]
+    ranks = [_phase(step) for step in plan]
     if ranks != sorted(ranks):
-        right = ", ".join(type(step).__name__ for step in sorted(plan, key=lambda step: step.rank))
+        right = ", ".join(type(step).__name__ for step in sorted(plan, key=_phase))
         raise InputError(f"plan out of order: {', '.join(type(step).__name__ for step in plan)}; expected {right}")
+
+
+def _phase(step: Operator) -> int:
+    """Rank, with pruning and training in one phase: iterative schedules go to and fro between them."""
+    return 20 if 20 <= step.rank <= 30 else step.rank
 
 
 def check_plan(plan: Plan) -> None:
@@ -127,6 +132,7 @@ def encode_evaluation(evaluation: Evaluation, root: Path) -> dict[str, Any]:
         "artifact": encode_artifact(evaluation.artifact, root),
         "seconds": round(evaluation.seconds, 3),
         "baseline": evaluation.baseline,
+        "notes": list(evaluation.notes),
     }
 
 

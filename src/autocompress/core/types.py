@@ -92,8 +92,11 @@ class Operator(Protocol):
     """One compression step: a frozen dataclass whose fields are its settings, seeds included.
 
     Attributes:
-        rank: place in the fixed order of a plan (20 prune, 30 fine-tune, 50 quantize).
-        retrains: True where the result is the same model with other weights, at a cost worth caching.
+        rank: place in the fixed order of a plan: 10 low rank, 15 exits and gates, 20 prune, 30 train, 40 share,
+            50 quantize. Pruning and training may alternate.
+        retrains: True where it trains, so that the resulting weights are worth caching. Such a step may change the
+            structure too, if it has a method `prepare(model, task)` that makes it without training: the stored
+            weights are loaded into what that returns.
     """
 
     @property
@@ -264,6 +267,7 @@ class Evaluation:
         artifact: the deployable file; None where none was built.
         seconds: wall-clock time spent on it.
         baseline: "untouched", "uniform int8", ... for the models that a search must beat; "" otherwise.
+        notes: what operators left undone, and why, one line each.
     """
 
     candidate: Candidate
@@ -274,3 +278,4 @@ class Evaluation:
     artifact: Artifact | None = None
     seconds: float = 0.0
     baseline: str = ""
+    notes: tuple[str, ...] = ()
