@@ -40,7 +40,7 @@ def main() -> None:
     epochs = arguments.epochs or epochs
 
     loaded = load_task(arguments.model, arguments.data or data_name)
-    fresh = ModelSource(arguments.model, len(loaded.data.classes), loaded.data.input_shape[0], seed=arguments.seed)
+    fresh = ModelSource(arguments.model, len(loaded.data.classes), loaded.data.input_shape, seed=arguments.seed)
     task = Task(loaded.name, fresh, loaded.data)
     steps = epochs * (len(task.data.train) // schedule.batch_size)
     schedule = dataclasses.replace(schedule, steps=steps)

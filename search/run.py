@@ -361,6 +361,7 @@ def _only_driver(folder: Path) -> Iterator[None]:
 def _as_task(model: str | torch.nn.Module | Task, data: str | Data, config: SearchConfig) -> Task:
     if isinstance(model, Task):
         return model
+    from ..tasks.attention import open_attention
     from ..tasks.data import load_data
     from ..tasks.models import check_model, load_task, native_image_size
 
@@ -368,7 +369,7 @@ def _as_task(model: str | torch.nn.Module | Task, data: str | Data, config: Sear
         return load_task(model, data, config.weights, config.image_size, config.seed)
     name = type(model).__name__
     loaded = load_data(data, config.image_size or native_image_size(name))
-    task = Task(f"{name} on {loaded.name}", _Copies(copy.deepcopy(model).cpu().eval()), loaded)
+    task = Task(f"{name} on {loaded.name}", _Copies(open_attention(copy.deepcopy(model).cpu().eval())), loaded)
     check_model(task.build(), task)
     return task
 

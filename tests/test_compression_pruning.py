@@ -48,7 +48,7 @@ PLAIN = Task("two convolutions on noise", two_convolutions, DATA, trained=False)
 @pytest.fixture(scope="module")
 def resnet20() -> Task:
     """ResNet-20 with random weights."""
-    return Task("resnet20 on noise", ModelSource("resnet20", 10, 3), DATA, trained=False)
+    return Task("resnet20 on noise", ModelSource("resnet20", 10, (3, 32, 32)), DATA, trained=False)
 
 
 def widths(model: nn.Module) -> dict[str, int]:

@@ -45,7 +45,7 @@ def gradient(temperature: float, student: Tensor, teacher: Tensor) -> Tensor:
 
 def fresh(seed: int = 0) -> nn.Module:
     """An untrained digits model."""
-    return ModelSource("digits-cnn", 10, 1, seed=seed)()
+    return ModelSource("digits-cnn", 10, (1, 8, 8), seed=seed)()
 
 
 def pixels(seed: int, count: int = 64) -> np.ndarray:

@@ -41,7 +41,7 @@ class Lively:
     spec: str
 
     def __call__(self) -> nn.Module:
-        model = ModelSource(self.spec, 10, 3)()
+        model = ModelSource(self.spec, 10, (3, 32, 32))()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for module in model.modules():

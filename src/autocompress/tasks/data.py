@@ -6,10 +6,13 @@ is cut from the training images by a fixed permutation, so that two runs agree o
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
+import lzma
 import os
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,7 +216,7 @@ def _files(source: Path) -> Iterable[tuple[str, bytes]]:
                 content = archive.extractfile(member) if member.isfile() else None
                 if content is not None:
                     yield member.name, content.read()
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{source} is no readable tar archive: {error}") from error
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError, MissingDependencyError, unknown
 from ..core.types import Data, Task
+from .attention import open_attention
 from .data import example_input, load_data
 from .specs import call_object
 
@@ -85,19 +88,31 @@ class DigitsCNN(nn.Module):
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
-def _digits_cnn(classes: int, channels: int) -> nn.Module:
-    return DigitsCNN(classes, channels)
+class TextTransformer(nn.Module):
+    """A small BERT-like classifier (Devlin et al. 2019, arXiv:1810.04805): embeddings, encoder layers, mean, linear.
+
+    Input: tokens (N, length) int64, padding being a token like any other; output (N, classes).
+    """
+
+    def __init__(self, classes: int, vocabulary: int, length: int, width: int = 64, heads: int = 4, depth: int = 2):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.position = nn.Parameter(torch.randn(1, length, width) * 0.02)
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.fc = nn.Linear(width, classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.fc(self.encoder(self.embedding(tokens) + self.position).mean(1))
 
 
-def _resnet20(classes: int, channels: int) -> nn.Module:
-    return CifarResNet(20, classes, channels)
-
-
-def _resnet56(classes: int, channels: int) -> nn.Module:
-    return CifarResNet(56, classes, channels)
-
-
-BUILT_IN = {"digits-cnn": _digits_cnn, "resnet20": _resnet20, "resnet56": _resnet56}
+# From classes, input shape and vocabulary to a model.
+BUILT_IN: dict[str, Callable[[int, tuple[int, ...], int], nn.Module]] = {
+    "digits-cnn": lambda classes, shape, _: DigitsCNN(classes, shape[0]),
+    "resnet20": lambda classes, shape, _: CifarResNet(20, classes, shape[0]),
+    "resnet56": lambda classes, shape, _: CifarResNet(56, classes, shape[0]),
+    "text-transformer": lambda classes, shape, vocabulary: TextTransformer(classes, vocabulary, shape[0]),
+}
 
 
 @dataclass(frozen=True)
@@ -106,15 +121,18 @@ class ModelSource:
 
     Attributes:
         spec: "resnet20", "torchvision:NAME", "timm:NAME" or "module.path:callable".
+        input_shape: of one input, see `Data.input_shape`.
+        vocabulary: see `Data.vocabulary`.
         weights: a safetensors file or a state dict; None for random weights (or the callable's own).
         seed: for random weights.
     """
 
     spec: str
     classes: int
-    channels: int
+    input_shape: tuple[int, ...]
     weights: Path | None = None
     seed: int = 0
+    vocabulary: int = 0
 
     def __call__(self) -> nn.Module:
         """Return a fresh copy in eval mode."""
@@ -126,16 +144,16 @@ class ModelSource:
             torch.random.set_rng_state(state)
         if self.weights is not None:
             load_weights(model, self.weights, self.spec)
-        return model.eval()
+        return open_attention(model).eval()
 
     def _make(self) -> nn.Module:
         name, _, rest = self.spec.partition(":")
         if name in BUILT_IN and not rest:
-            return BUILT_IN[name](self.classes, self.channels)
+            return BUILT_IN[name](self.classes, self.input_shape, self.vocabulary)
         if name == "torchvision" and rest:
             return _torchvision(rest, self.classes)
         if name == "timm" and rest:
-            return _timm(rest, self.classes, self.channels)
+            return _timm(rest, self.classes, self.input_shape)
         if rest:
             return call_object(self.spec, "model", nn.Module)
         raise unknown("model", self.spec, BUILT_IN, "Others: torchvision:NAME, timm:NAME, module.path:callable.")
@@ -165,7 +183,10 @@ def load_task(
     if path is None:
         shipped = WEIGHTS_FOLDER / f"{model}-{loaded.name}.safetensors"
         path = shipped if shipped.is_file() else None
-    source = ModelSource(model, len(loaded.classes), loaded.input_shape[0], path, seed)
+    if (model == "text-transformer") != bool(loaded.vocabulary) and model in BUILT_IN:
+        takes = "token sequences" if model == "text-transformer" else "images"
+        raise InputError(f"model {model} takes {takes}, which {loaded.name} are not; choose another model or data")
+    source = ModelSource(model, len(loaded.classes), loaded.input_shape, path, seed, loaded.vocabulary)
     own_callable = ":" in model and not model.startswith(("timm:", "torchvision:"))
     task = Task(f"{model} on {loaded.name}", source, loaded, trained=path is not None or own_callable)
     check_model(task.build(), task)
@@ -300,8 +321,11 @@ def _torchvision(name: str, classes: int) -> nn.Module:
     return model
 
 
-def _timm(name: str, classes: int, channels: int) -> nn.Module:
+def _timm(name: str, classes: int, input_shape: tuple[int, ...]) -> nn.Module:
     import_torchvision()
     import timm
 
-    return timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
+    made = {"num_classes": classes, "in_chans": input_shape[0]}
+    with contextlib.suppress(TypeError):  # most take any size; those that don't know the setting are built for any
+        return timm.create_model(name, pretrained=False, img_size=input_shape[1:], **made)
+    return timm.create_model(name, pretrained=False, **made)
