@@ -325,7 +325,7 @@ def _timm(name: str, classes: int, input_shape: tuple[int, ...]) -> nn.Module:
     import_torchvision()
     import timm
 
-    made = {"num_classes": classes, "in_chans": input_shape[0]}
+    made: dict[str, Any] = {"num_classes": classes, "in_chans": input_shape[0]}
     with contextlib.suppress(TypeError):  # most take any size; those that don't know the setting are built for any
         return timm.create_model(name, pretrained=False, img_size=input_shape[1:], **made)
     return timm.create_model(name, pretrained=False, **made)
