@@ -212,7 +212,7 @@ def test_a_ratio_outside_its_range_is_refused_at_once(ratio: float | dict[str, f
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"round_to": 0}, "round_to must be at least 1, not 0"), ({"importance": "l3"}, "one of l1, l2, not 'l3'")],
+    [({"round_to": 0}, "round_to must be at least 1, not 0"), ({"importance": "l3"}, "one of l1, l2, .*, not 'l3'")],
 )
 def test_other_impossible_settings_are_refused_at_once(settings: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
