@@ -110,10 +110,16 @@ class TrainingStep:
         model: nn.Module,
         task: Task,
         *,
+        schedule: Schedule | None = None,
         after_step: Callable[[int, torch.optim.Optimizer], None] | None = None,
     ) -> nn.Module:
-        """Train all weights of `model`; raises CandidateError when the loss is not finite."""
-        schedule = self.schedule(task)
+        """Train all weights of `model`; raises CandidateError when the loss is not finite.
+
+        Args:
+            schedule: in place of the step's own.
+            after_step: see `fit`.
+        """
+        schedule = schedule or self.schedule(task)
         if schedule.steps == 0:
             return model
         for parameter in model.parameters():

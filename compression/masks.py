@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import CandidateError
+
 MASK = "weight_mask"
 
 
@@ -44,11 +46,23 @@ def drop_masks(model: nn.Module) -> None:
         delattr(module, MASK)
 
 
+def copy_masks(source: nn.Module, target: nn.Module) -> None:
+    """Give `target`, a copy of `source` with weights of its own, the masks of `source`, and apply them."""
+    modules = dict(target.named_modules())
+    for name, mask in masks(source).items():
+        set_mask(modules[name], mask.clone())
+
+
 def sparsity(model: nn.Module) -> float:
     """Share of exact zeros among the weights of convolutions and linear layers."""
-    weights = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
+    weights = _weights(model).values()
     total = sum(weight.numel() for weight in weights)
     return sum(int((weight == 0).sum()) for weight in weights) / max(1, total)
+
+
+def sparsity_by_layer(model: nn.Module) -> dict[str, float]:
+    """Share of exact zeros in the weight of each convolution and linear layer, by layer name."""
+    return {name: float((weight == 0).double().mean()) for name, weight in _weights(model).items()}
 
 
 def trained_weight(module: nn.Module) -> nn.Parameter:
@@ -57,6 +71,20 @@ def trained_weight(module: nn.Module) -> nn.Parameter:
     return parametrizations.weight.original if parametrizations is not None else module.weight  # type: ignore[return-value,union-attr]
 
 
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: module.weight.detach()
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+    }
+
+
 def _apply(module: nn.Module) -> None:
+    weight, mask = trained_weight(module), module.weight_mask
+    if mask.shape != weight.shape:  # type: ignore[union-attr]
+        raise CandidateError(
+            f"a mask of shape {tuple(mask.shape)} does not fit a weight of shape {tuple(weight.shape)}: "  # type: ignore[union-attr,arg-type]
+            "what cuts a layer has to take its mask along"
+        )
     with torch.no_grad():
-        trained_weight(module).mul_(module.weight_mask)  # type: ignore[arg-type]
+        weight.masked_fill_(~mask, 0.0)  # type: ignore[operator,arg-type]  # a product would leave zeros of both signs

@@ -17,7 +17,7 @@ from ..core.errors import CandidateError
 from ..core.lane import pause_point
 from ..core.types import Data, Split
 from ..tasks.data import normalise
-from .masks import apply_masks
+from .masks import apply_masks, copy_masks
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,7 @@ def fit(
         apply_masks(model)
         if average is not None:
             average.update_parameters(model)
+            copy_masks(model, average.module)  # masks that change are not to be averaged
         if on_step:
             on_step(step, value)
         if plateau is not None and plateau.reached(step, average.module if average is not None else model):
