@@ -195,6 +195,9 @@ def factorise(module: nn.Module, method: str, ranks: Ranks, seed: int = 0, sweep
         ranks: one for svd, spatial and cp, (in, out) for tucker, three for tt; none over `full_ranks`.
         seed: for cp, where the components after the first few start at random.
         sweeps: alternating least squares, for cp.
+
+    Raises:
+        numpy.linalg.LinAlgError: cp finds no components, as for a kernel of a far lower rank.
     """
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
@@ -245,9 +248,11 @@ def _decompose(kernel: np.ndarray, method: str, ranks: Ranks, seed: int, sweeps:
                 kernel.transpose(1, 2, 3, 0), rank=[1, *ranks, 1]
             ).factors
             return [first[0].T, rows.transpose(2, 0, 1), columns.transpose(2, 0, 1), last[..., 0].T]
-        _, sides = decomposition.parafac(
-            kernel.astype(np.float32), ranks[0], n_iter_max=sweeps, tol=1e-6, random_state=seed
+        (_, sides), errors = decomposition.parafac(
+            kernel.astype(np.float32), ranks[0], n_iter_max=sweeps, tol=1e-6, random_state=seed, return_errors=True
         )
+    if not errors[-1] <= 1:  # worse than no weights at all, or not a number
+        raise np.linalg.LinAlgError("alternating least squares diverged")
     # A component's size is spread evenly over its four vectors.
     norms = [np.linalg.norm(side.astype(np.float64), axis=0) for side in sides]
     mean = np.prod(norms, axis=0) ** (1 / len(norms))

@@ -146,7 +146,7 @@ class LowRank:
         finally:
             for hook in hooks:
                 hook.remove()
-        return {name: dataclasses.replace(layer, error=errors[name]) for name, layer in chosen.items()}
+        return {name: dataclasses.replace(chosen[name], error=error) for name, error in errors.items()}
 
     def describe(self) -> str:
         """Short text for tables."""
@@ -220,10 +220,14 @@ class LowRank:
         return FactoredLayer(method, ranks, (before[0], after[0]), (before[1], after[1]))
 
     def _factors(self, model: nn.Module, chosen: Mapping[str, FactoredLayer]) -> dict[str, nn.Module]:
-        return {
-            name: factorise(model.get_submodule(name), layer.method, layer.ranks, self.seed, self.sweeps)
-            for name, layer in chosen.items()
-        }
+        factors: dict[str, nn.Module] = {}
+        for name, layer in chosen.items():
+            module = model.get_submodule(name)
+            try:
+                factors[name] = factorise(module, layer.method, layer.ranks, self.seed, self.sweeps)
+            except np.linalg.LinAlgError as error:
+                self._refuse(name, f"no {layer.method} factors of rank {layer.ranks[0]} found: {error}")
+        return factors
 
     def _exchange(self, model: nn.Module, factors: Mapping[str, nn.Module], example: Tensor) -> None:
         """Put the factors in; where the model does not run with all of them, leave out those that break it."""

@@ -365,6 +365,28 @@ def test_a_rank_that_makes_a_layer_bigger_is_refused() -> None:
         LowRank({"fc": 0.5}, round_to=16)(net(), task)
 
 
+def test_a_kernel_that_cp_finds_no_components_for_stays_whole() -> None:
+    model = net()
+    nn.init.zeros_(model.get_submodule("wide").get_parameter("weight"))
+    with collect_notes() as notes:
+        model = LowRank(0.5, method="cp")(model, task_of(model))
+    assert isinstance(model.get_submodule("wide"), nn.Conv2d)
+    assert isinstance(model.get_submodule("stem"), nn.Sequential)
+    assert any(text.startswith("LowRank: wide: no cp factors of rank 42 found") for text in notes)
+
+
+@pytest.mark.parametrize("rank", [2, 8, 42])
+def test_cp_of_a_kernel_of_rank_one_is_right_or_refused(rank: int) -> None:
+    conv = layer(nn.Conv2d, 8, 8, 3)
+    nn.init.constant_(conv.get_parameter("weight"), 0.3)
+    x = batch(2, 8, 6, 6)
+    try:
+        factored = factorise(conv, "cp", (rank,))
+    except np.linalg.LinAlgError:
+        return
+    assert (factored(x) - conv(x)).norm() < 0.02 * conv(x).norm()
+
+
 def test_a_setting_that_shrinks_no_layer_fails_the_candidate() -> None:
     with pytest.raises(CandidateError, match="no layer gets smaller with low rank svd, energy 100%"):
         LowRank(energy=1.0)(net(), task_of(net()))
