@@ -22,7 +22,7 @@ from ..core.errors import CandidateError, InputError
 from ..core.registry import operator
 from ..core.types import Data, Split, Task
 from ..tasks.data import example_input, normalise
-from .distillation import Distillation, Teachers
+from .distillation import remember
 from .finetune import TrainingStep
 from .graph import _export, _op, find_layers
 from .quantization import quantized_layers, without_rounding
@@ -190,12 +190,12 @@ class EarlyExit(TrainingStep):
     def _train_heads(self, model: nn.Module, task: Task) -> nn.Module:
         schedule = self.schedule(task)
         if schedule.steps == 0:
-            return model
+            return remember(model)
         model.requires_grad_(False)
         _exits(model).requires_grad_(True)
-        teaching = Teachers(Distillation(self.alpha, self.temperature), [task.build()]) if self.alpha else None
-        fit(_FrozenBackbone(model), task.data, schedule, seed=self.seed, teaching=teaching)
-        return model.requires_grad_(True)
+        with self.teaching(model, task) as teaching:
+            fit(_FrozenBackbone(model), task.data, schedule, seed=self.seed, teaching=teaching)
+        return remember(model.requires_grad_(True))
 
 
 @operator
