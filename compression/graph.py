@@ -127,7 +127,10 @@ def fold_batchnorm(model: nn.Module, layers: tuple[Layer, ...]) -> nn.Module:
             conv.bias = nn.Parameter(shift)
         # timm's BatchNormAct2d also holds the activation, which must stay.
         rest = [part for name in ("drop", "act") if isinstance(part := getattr(norm, name, None), nn.Module)]
-        _replace(model, layer.batchnorm, nn.Sequential(*rest) if rest else nn.Identity())
+        stand_in = nn.Sequential(*rest) if rest else nn.Identity()
+        for hook in norm._forward_hooks.values():  # early exits and gates take what comes out here
+            stand_in.register_forward_hook(hook)
+        _replace(model, layer.batchnorm, stand_in)
     return model
 
 
