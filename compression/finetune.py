@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,9 @@ from torch import nn
 from ..core.errors import InputError
 from ..core.registry import operator
 from ..core.types import Task
-from .distillation import Distillation, Teachers
+from ..tasks.data import example_input
+from .distillation import ORIGINAL, Distillation, Teachers, check_teacher, make_teachers, remember
+from .hints import HINTS, Hint
 from .training import Schedule, fit
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -50,8 +53,20 @@ class TrainingStep:
         optimizer: "sgd" or "adamw".
         ema: decay of averaged weights; 0 for none.
         patience: see `Schedule.patience`.
-        alpha: weight of the teachers' logits in the loss, 0 to 1 (response distillation).
+        alpha: weight of the teachers' logits in the loss, 0 to 1 (response distillation, `distillation.Distillation`).
         temperature: softens the logits that are compared.
+        hint: what is learned from the teachers' inner values besides: "none", "feature", "attention" or "relational";
+            see `hints.Hint`.
+        beta: weight of the hint's loss, which is added to the others.
+        hint_layers: module paths in the student whose outputs are compared; () takes the ends of its stages, and for
+            "relational" what the last linear layer takes in. A teacher without a layer of that path is matched by
+            resolution, then by depth.
+        teachers: who teaches; the student learns from the mean of their softened distributions, and from the mean of
+            their hints. "original": the model that is compressed. "previous": the model as the last training step of
+            the plan left it, so that a student learns from a teacher of nearly its size (teacher assistants, Mirzadeh
+            et al. 2020, arXiv:1902.03393); the original where no training came before. "self": a moving average of
+            the student (`distillation.SelfTeacher`). Or a model by name with its weights, "resnet56=PATH.safetensors"
+            or "timm:NAME=PATH"; the path may be left out where the package has weights for the data.
         seed: for batch order and augmentation.
 
     Raises:
@@ -68,6 +83,10 @@ class TrainingStep:
     patience: int = 0
     alpha: float = 0.5
     temperature: float = 2.0
+    hint: str = "none"
+    beta: float = 1.0
+    hint_layers: tuple[str, ...] = ()
+    teachers: tuple[str, ...] = (ORIGINAL,)
     seed: int = 0
 
     rank = 30
@@ -86,6 +105,42 @@ class TrainingStep:
             raise InputError(f"{name}: ema must be at least 0 and below 1, not {self.ema}")
         if self.optimizer not in OPTIMIZERS:
             raise InputError(f"{name}: optimizer must be one of {', '.join(OPTIMIZERS)}, not '{self.optimizer}'")
+        self._check_teaching(name)
+
+    def _check_teaching(self, name: str) -> None:
+        if self.hint not in HINTS:
+            raise InputError(f"{name}: hint must be one of {', '.join(HINTS)}, not '{self.hint}'")
+        if not 0 <= self.beta < float("inf"):
+            raise InputError(f"{name}: beta must be at least 0 and finite, not {self.beta}")
+        for field in ("hint_layers", "teachers"):
+            value = getattr(self, field)
+            if not isinstance(value, (list, tuple)) or not all(isinstance(entry, str) for entry in value):
+                raise InputError(f"{name}: {field} must be a tuple of names, such as ('...',), not {value!r}")
+            if len(set(value)) < len(value):
+                raise InputError(f"{name}: {field} names something twice: {', '.join(value)}")
+            object.__setattr__(self, field, tuple(value))  # JSON has lists only
+        for teacher in self.teachers:
+            check_teacher(teacher)
+        if self.is_taught and not self.teachers:
+            raise InputError(f"{name}: teachers is empty: name one, such as 'original', or set alpha and beta to 0")
+
+    @property
+    def has_hint(self) -> bool:
+        """Whether inner values are compared."""
+        return self.hint != "none" and self.beta > 0
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether any teacher is needed."""
+        return self.alpha > 0 or self.has_hint
+
+    def describe_teaching(self) -> str:
+        """What is unusual about the teaching: " (feature, 2 teachers)"; "" for the original model's logits alone."""
+        parts = [self.hint] if self.has_hint else []
+        if self.is_taught and self.teachers != (ORIGINAL,):
+            only = self.teachers[0].partition("=")[0]
+            parts.append(only if len(self.teachers) == 1 else f"{len(self.teachers)} teachers")
+        return f" ({', '.join(parts)})" if parts else ""
 
     def prepare(self, model: nn.Module, task: Task) -> nn.Module:
         """The structure that the trained weights fit; here the model's own."""
@@ -121,17 +176,41 @@ class TrainingStep:
         """
         schedule = schedule or self.schedule(task)
         if schedule.steps == 0:
-            return model
+            return remember(model)
         for parameter in model.parameters():
             parameter.requires_grad_(True)
-        teaching = Teachers(Distillation(self.alpha, self.temperature), [task.build()]) if self.alpha else None
-        return fit(model, task.data, schedule, seed=self.seed, teaching=teaching, after_step=after_step)
+        with self.teaching(model, task) as teaching:
+            model = fit(model, task.data, schedule, seed=self.seed, teaching=teaching, after_step=after_step)
+        return remember(model)
+
+    @contextmanager
+    def teaching(self, model: nn.Module, task: Task) -> Iterator[Teachers | None]:
+        """The teachers of `model`, for `fit`; None where none is needed. Hooks come off the models at the end.
+
+        Raises:
+            InputError: a named teacher can't be built, or does not fit the task.
+            CandidateError: the hint finds nothing to compare.
+        """
+        if not self.is_taught:
+            yield None
+            return
+        models, average = make_teachers(self.teachers, model, task)
+        hint = None
+        if self.has_hint:
+            hint = Hint(self.hint, model, models, example_input(task.data), self.hint_layers, self.seed)
+        try:
+            yield Teachers(
+                Distillation(self.alpha, self.temperature), models, hint=hint, beta=self.beta, average=average
+            )
+        finally:
+            if hint is not None:
+                hint.close()
 
 
 @operator
 @dataclass(frozen=True)
 class Finetune(TrainingStep):
-    """Train on the train split, from labels and from the original model's logits."""
+    """Train on the train split, from labels and from teachers: the original model's logits unless set otherwise."""
 
     def __call__(self, model: nn.Module, task: Task) -> nn.Module:
         """Return the trained model; raises CandidateError when the loss is not finite."""
@@ -140,4 +219,4 @@ class Finetune(TrainingStep):
     def describe(self) -> str:
         """Short text for tables."""
         length = f"{self.epochs:g} epochs" if self.epochs else f"{self.steps}"
-        return f"distil {length}" if self.alpha else f"fine-tune {length}"
+        return f"{'distil' if self.is_taught else 'fine-tune'} {length}{self.describe_teaching()}"

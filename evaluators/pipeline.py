@@ -141,11 +141,13 @@ class Evaluator:
         """Run the last, retraining step of `prefix`, or load what an earlier candidate with this prefix learnt."""
         from safetensors.torch import load_file, save_file
 
+        from ..compression.distillation import remember
+
         path = self.folder / "cache" / f"{plan_key(prefix)}.safetensors"
         if path.is_file():
             model = prepared(prefix[-1], model, self.task)
             model.load_state_dict(load_file(path))
-            return model.eval()
+            return remember(model.eval())  # as training does: a later step may learn from this model
         model = prefix[-1](model, self.task)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
