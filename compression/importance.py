@@ -49,7 +49,7 @@ def score_groups(
 
     if kind in ("l1", "l2"):
         magnitude = tp.importance.GroupMagnitudeImportance(p=1 if kind == "l1" else 2)
-        return [magnitude(group) for group in groups]
+        return [torch.nan_to_num(magnitude(group)) for group in groups]
     if kind == "random":
         generator = torch.Generator().manual_seed(seed)
         return [torch.rand(len(group[0].idxs), generator=generator) for group in groups]
@@ -120,6 +120,12 @@ def _mean(group: Group, score: Callable[..., Tensor | None], total: bool = False
     return out if total else out / max(1, count)
 
 
+def _weight(layer: nn.Module) -> Tensor:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def _relative(score: Tensor) -> Tensor:
     mean = score.mean()
     return score / mean if mean > 0 else score
@@ -129,7 +135,7 @@ def _spread(layer: nn.Module, side: str, idxs: list[int]) -> Tensor | None:
     """Sum of a filter's Euclidean distances to the others of its layer; small ones can be replaced by the others."""
     if side != "out":
         return None
-    filters = per_channel(layer.weight.detach(), layer, side)  # type: ignore[arg-type]
+    filters = per_channel(_weight(layer).detach(), layer, side)
     return torch.cdist(filters, filters, compute_mode="donot_use_mm_for_euclid_dist").sum(1)[idxs]
 
 
@@ -195,6 +201,8 @@ def score_heads(
     "l1", "l2": the sum of their absolute values or squares; "activation", "taylor": as for channels, over the head.
     """
     modules: list[Any] = list(attentions.values())
+    if not modules:
+        return []
     generator = torch.Generator().manual_seed(seed)
     if kind == "random":
         return [torch.rand(module.num_heads, generator=generator) for module in modules]

@@ -15,7 +15,16 @@ from ..core.notes import note
 from ..core.registry import operator
 from ..core.types import Plan, Task
 from ..tasks.data import example_input
-from .channels import cut_channels, cut_heads, dependency_graph, divisions, find_attentions, find_groups, members
+from .channels import (
+    cut_channels,
+    cut_heads,
+    dependency_graph,
+    divisions,
+    find_attentions,
+    find_groups,
+    is_sound,
+    members,
+)
 from .finetune import Finetune
 from .graph import find_layers
 from .importance import IMPORTANCES, calibration, root_name, score_groups, score_heads
@@ -148,7 +157,8 @@ class Prune:
             return {}
         example = example_input(task.data)
         try:
-            groups = [group for group in find_groups(dependency_graph(model, example), [last]) if self._wanted(group)]
+            found = [group for group in find_groups(dependency_graph(model, example), [last]) if self._wanted(group)]
+            groups = [group for group in found if is_sound(group)]
             scores = score_groups(self.importance, groups, model, task, self.samples, self.seed)
         except Exception as error:  # Torch-Pruning raises many kinds for graphs that it can't follow
             lines = str(error).strip().splitlines() or [""]
@@ -156,12 +166,14 @@ class Prune:
                 f"Prune: Torch-Pruning can't follow this model: {type(error).__name__}: {lines[0]}"
             ) from error
         self._note_left_alone(groups, model, last)
+        confused = "Torch-Pruning can't tell its channels from other dimensions"
+        failed = {root_name(group): confused for group in found if not is_sound(group)}
         chosen = {}
         for group, score, kept in zip(groups, scores, self._kept(groups, scores), strict=True):
             if kept < len(score):
                 chosen[root_name(group)] = _lowest(score, len(score) - kept, divisions(group))
-        failed = cut_channels(model, chosen, example, inputs)
-        return failed | ({"": "done"} if len(failed) < len(chosen) else {})
+        uncut = cut_channels(model, chosen, example, inputs)
+        return failed | uncut | ({"": "done"} if len(uncut) < len(chosen) else {})
 
     def _wanted(self, group: Group) -> bool:
         return not isinstance(self.ratio, Mapping) or any(name in self.ratio for name in members(group))

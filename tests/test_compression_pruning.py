@@ -9,9 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autocompress import Data, InputError, Prune, Split, Task, load_task
+from autocompress.compression.finetune import Finetune
+from autocompress.compression.graph import find_layers
+from autocompress.compression.masks import masks, set_mask
+from autocompress.compression.pruning import iterative
+from autocompress.core.codec import check_plan, decode_plan, encode_plan
 from autocompress.core.errors import CandidateError
-from autocompress.tasks.data import normalise
-from autocompress.tasks.models import ModelSource
+from autocompress.core.notes import collect_notes
+from autocompress.tasks.data import example_input, normalise
+from autocompress.tasks.models import ModelSource, import_torchvision
 
 RNG = np.random.default_rng(0)
 NOISE = Split(RNG.integers(0, 256, (16, 3, 32, 32), dtype=np.uint8), np.arange(16) % 10)
@@ -233,3 +239,299 @@ def test_models_from_the_zoos_can_be_cut(name: str) -> None:
     depthwise = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
     assert all(m.groups == m.in_channels == m.out_channels for m in depthwise)
     assert len(depthwise) == (11 if "mobilenet" in name else 0)
+
+
+class Straight(nn.Module):
+    """Convolution, batch norm, ReLU, convolution, classifier; nothing is tied but what follows directly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.second = nn.Conv2d(16, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.second(F.relu(self.norm(self.first(x))))).mean((2, 3)))
+
+
+def straight() -> nn.Module:
+    """The net with random weights and scales."""
+    torch.manual_seed(0)
+    model = Straight()
+    nn.init.normal_(model.norm.weight)
+    nn.init.normal_(model.norm.bias)
+    return model.eval()
+
+
+def kept_by(importance: str, task: Task, **settings: object) -> list[int]:
+    """Which of the first layer's channels are left when half of them go."""
+    before = task.build().get_submodule("first").weight.detach()
+    left = Prune({"first": 0.5}, importance=importance, **settings)(task.build(), task).get_submodule("first").weight  # type: ignore[arg-type]
+    return [int((before - row).abs().flatten(1).sum(1).argmin()) for row in left.detach()]
+
+
+def best(scores: np.ndarray) -> list[int]:
+    """Positions of the larger half."""
+    return sorted(np.argsort(scores)[len(scores) // 2 :].tolist())
+
+
+STRAIGHT = Task("straight on noise", straight, DATA, trained=False)
+INPUTS = torch.from_numpy(normalise(DATA, NOISE.inputs))
+
+
+def test_bn_scale_ranks_by_the_size_of_gamma() -> None:
+    gamma = straight().get_submodule("norm").weight.detach().numpy()
+    assert kept_by("bn_scale", STRAIGHT) == best(np.abs(gamma))
+
+
+def test_bn_scale_falls_back_to_l2_without_a_batch_norm_and_says_so() -> None:
+    with collect_notes() as notes:
+        assert kept_by("bn_scale", PLAIN) == kept_by("l2", PLAIN)
+    assert any("first: no batch norm; ranked by l2" in text for text in notes)
+
+
+def test_fpgm_ranks_by_the_distance_to_the_other_filters() -> None:
+    filters = straight().get_submodule("first").weight.detach().numpy().reshape(16, -1)
+    distances = np.sqrt(np.square(filters[:, None] - filters[None]).sum(-1)).sum(1)
+    assert kept_by("fpgm", STRAIGHT) == best(distances)
+
+
+def test_activation_ranks_by_what_the_next_layer_takes_in() -> None:
+    model = straight()
+    with torch.no_grad():
+        taken = F.relu(model.get_submodule("norm")(model.get_submodule("first")(INPUTS)))
+    assert kept_by("activation", STRAIGHT, samples=16) == best(taken.mean((0, 2, 3)).numpy())
+
+
+def test_taylor_ranks_by_weight_times_gradient_of_all_layers_of_the_group() -> None:
+    model = straight()
+    F.cross_entropy(model(INPUTS), torch.from_numpy(NOISE.labels)).backward()
+    first, norm, second = (model.get_submodule(name).weight for name in ("first", "norm", "second"))
+    change = [np.asarray((w * w.grad).detach()) for w in (first, norm, second)]  # type: ignore[operator]
+    scores = (
+        np.abs(change[0].sum((1, 2, 3))) + np.abs(change[1]) + np.abs(change[2].sum((0, 2, 3)))  # rows, scale, columns
+    )
+    assert kept_by("taylor", STRAIGHT, samples=16) == best(scores)
+
+
+def test_random_channels_follow_the_seed() -> None:
+    first, again, other = (kept_by("random", STRAIGHT, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_a_global_ratio_takes_channels_where_they_matter_least(digits_task: Task) -> None:
+    def build() -> nn.Module:
+        model = digits_task.build()
+        with torch.no_grad():
+            for number, scale in ((1, 1.0), (2, 9.0), (3, 1.0)):
+                model.get_submodule(f"bn{number}").weight.copy_(scale * torch.linspace(1, 2, 32 * min(number, 2)))
+        return model
+
+    model = Prune(0.5, scope="global", importance="bn_scale", round_to=4)(build(), digits_task)
+    left = widths(model)
+    # Batch norm 2 has the largest scales throughout: 80 of the other 96 channels go.
+    assert left["conv2"] == 64
+    assert left["conv1"] + left["conv3"] == 16
+
+
+def test_tied_layers_with_different_ratios_take_their_mean(resnet20: Task) -> None:
+    model = Prune({"layer3.0.conv2": 0.25, "layer3.1.conv2": 0.75})(resnet20.build(), resnet20)
+    assert {widths(model)[f"layer3.{block}.conv2"] for block in range(3)} == {32}
+
+
+def silence_rows(model: nn.Module, path: str, norm: str, rows: Tensor) -> None:
+    """Let some channels of a convolution with batch norm be zero for every input."""
+    with torch.no_grad():
+        for layer in (model.get_submodule(path), model.get_submodule(norm)):
+            layer.weight[rows] = 0
+            if layer.bias is not None:
+                layer.bias[rows] = 0
+
+
+def timm_task(name: str, size: int = 32, **settings: object) -> Task:
+    """A small, randomly initialised timm model on noise."""
+    import_torchvision()
+    import timm
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return timm.create_model(name, num_classes=10, **settings).eval()
+
+    noise = Split(RNG.integers(0, 256, (8, 3, size, size), dtype=np.uint8), np.arange(8) % 10)
+    data = Data("noise", noise, noise, noise, tuple("abcdefghij"), (0.5,) * 3, (0.25,) * 3)
+    return Task(name, build, data, trained=False)
+
+
+VIT = timm_task("vit_tiny_patch16_224", img_size=32, embed_dim=48, depth=2, num_heads=4)
+
+
+def test_silent_channels_behind_a_depthwise_convolution_leave_without_a_trace() -> None:
+    task = timm_task("mobilenetv3_small_100", 64)
+    model = task.build()
+    block, width = "blocks.1.0", 72
+    rows = torch.arange(0, width, 2)
+    silence_rows(model, f"{block}.conv_pw", f"{block}.bn1", rows)
+    silence_rows(model, f"{block}.conv_dw", f"{block}.bn2", rows)
+    expected = logits(model, task)
+    pruned = Prune({f"{block}.conv_pw": 0.5}, round_to=4, importance="bn_scale")(model, task)
+    assert widths(pruned)[f"{block}.conv_dw"] == pruned.get_submodule(f"{block}.conv_dw").groups == 36
+    assert torch.allclose(logits(pruned, task), expected, atol=1e-6)
+
+
+def test_hidden_neurons_that_nothing_takes_in_leave_without_a_trace() -> None:
+    model = VIT.build()
+    with torch.no_grad():
+        for block in range(2):
+            mlp = model.get_submodule(f"blocks.{block}.mlp")
+            mlp.fc1.weight[::2] *= 1e-3
+            mlp.fc2.weight[:, ::2] = 0
+    expected = logits(model, VIT)
+    pruned = Prune(0.5)(model, VIT)
+    left = widths(pruned)
+    assert left["blocks.0.mlp.fc1"] == left["blocks.1.mlp.fc1"] == 96
+    assert left["patch_embed.proj"] == left["blocks.0.mlp.fc2"] == 48  # the width stays
+    assert torch.allclose(logits(pruned, VIT), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("importance", ["l1", "l2", "activation", "taylor"])
+def test_heads_that_the_projection_ignores_leave_without_a_trace(importance: str) -> None:
+    model = VIT.build()
+    with torch.no_grad():
+        for block in range(2):
+            model.get_submodule(f"blocks.{block}.attn.qkv").weight[96:].unflatten(0, (4, 12))[1:3] *= 1e-3
+            model.get_submodule(f"blocks.{block}.attn.proj").weight[:, 12:36] = 0
+    expected = logits(model, VIT)
+    pruned = Prune(0.0, heads=0.5, importance=importance, samples=8)(model, VIT)
+    for block in range(2):
+        attention = pruned.get_submodule(f"blocks.{block}.attn")
+        assert (attention.num_heads, attention.qkv.weight.shape, attention.proj.weight.shape) == (2, (72, 48), (48, 24))
+    assert torch.allclose(logits(pruned, VIT), expected, atol=1e-4)
+    assert "blocks.0.attn.qkv" in {layer.name for layer in find_layers(pruned, example_input(VIT.data))}
+
+
+def text_task() -> Task:
+    """The built-in text classifier on random tokens."""
+    noise = Split(RNG.integers(0, 50, (8, 16)), np.arange(8) % 10)
+    data = Data("tokens", noise, noise, noise, tuple("abcdefghij"), vocabulary=50)
+    return Task("text", ModelSource("text-transformer", 10, (16,), vocabulary=50), data, trained=False)
+
+
+def test_a_text_classifier_loses_heads_and_hidden_neurons_but_no_embedding_width() -> None:
+    task = text_task()
+    model = Prune(0.5, heads=0.75)(task.build(), task)
+    left = widths(model)
+    assert [left[f"encoder.layers.1.{part}"] for part in ("linear1", "linear2", "self_attn.query")] == [128, 64, 16]
+    assert model.get_submodule("encoder.layers.0.self_attn").num_heads == 1
+    assert model.get_submodule("embedding").embedding_dim == 64
+    assert logits(model, task).shape == (8, 10)
+
+
+def test_heads_of_a_model_without_attention_are_noted(digits_task: Task) -> None:
+    with collect_notes() as notes:
+        model = Prune(0.0, heads=0.5)(digits_task.build(), digits_task)
+    assert changed(model, digits_task) == {}
+    assert any("no attention" in text for text in notes)
+
+
+class Grouped(nn.Module):
+    """A group convolution between two plain ones, and a layer whose channels are looked at one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 24, 1)
+        self.grouped = nn.Conv2d(24, 48, 3, groups=3)
+        self.mixed = nn.Conv2d(48, 20, 1)
+        self.fc = nn.Linear(20, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.mixed(F.relu(self.grouped(F.relu(self.stem(x))))))
+        return self.fc(x.mean((2, 3)).roll(1, -1))  # the order of channels matters: no cut may pass
+
+
+def grouped() -> nn.Module:
+    """With random weights."""
+    torch.manual_seed(0)
+    return Grouped().eval()
+
+
+def test_group_convolutions_lose_as_much_in_each_group_and_unsafe_cuts_are_left_out() -> None:
+    task = Task("grouped on noise", grouped, DATA, trained=False)
+    with collect_notes() as notes:
+        model = Prune(0.5)(task.build(), task)
+    # 12 is no multiple of both 8 and 3, nor is anything below 24; 24 of 48 is.
+    assert changed(model, task) == {"stem": 12, "grouped": 24}
+    assert model.get_submodule("grouped").weight.shape == (24, 4, 3, 3)
+    assert any(text.startswith("Prune: mixed: stays whole: it changes more") for text in notes)
+    with pytest.raises(CandidateError, match="nothing can be cut from this model: mixed"):
+        Prune({"mixed": 0.5})(task.build(), task)
+
+
+def test_layer_norms_keep_their_channels_in_order_when_few_are_left() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(3 * 32 * 32, 384)
+            self.norm = nn.LayerNorm(384)
+            self.fc = nn.Linear(384, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.norm(self.up(x.flatten(1))))
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        model = Normed()
+        nn.init.normal_(model.norm.bias)
+        return model.eval()
+
+    task = Task("normed", build, DATA, trained=False)
+    before, model = build(), Prune(0.9)(build(), task)
+    kept = [int((before.get_submodule("up").bias == value).nonzero()) for value in model.get_submodule("up").bias]
+    assert len(kept) == 40
+    assert torch.equal(model.get_submodule("norm").bias, before.get_submodule("norm").bias[kept])
+
+
+def test_masks_follow_the_weights_that_are_left(digits_task: Task) -> None:
+    model = digits_task.build()
+    conv = model.get_submodule("conv2")
+    set_mask(conv, torch.rand(conv.weight.shape, generator=torch.Generator().manual_seed(0)) > 0.5)
+    pruned = Prune(0.5)(model, digits_task)
+    assert {name: mask.shape for name, mask in masks(pruned).items()} == {"conv2": (32, 16, 3, 3)}
+    assert torch.equal(masks(pruned)["conv2"], pruned.get_submodule("conv2").weight != 0)
+
+
+@pytest.mark.parametrize("schedule", ["cubic", "even"])
+def test_iterative_pruning_ends_at_the_widths_of_a_single_cut(digits_task: Task, schedule: str) -> None:
+    plan = iterative(0.6, 4, Finetune(10, batch_size=16, alpha=0.0), schedule, round_to=8)
+    check_plan(plan)
+    assert [type(step).__name__ for step in plan] == ["Prune", "Finetune"] * 4
+    assert sum(step.steps for step in plan if isinstance(step, Finetune)) == 10
+    assert decode_plan(encode_plan(plan)) == plan
+    model, seen = digits_task.build(), []
+    for step in plan:
+        if isinstance(step, Prune):
+            model = step(model, digits_task)
+            seen.append(widths(model)["conv2"])
+    assert widths(model) == widths(Prune(0.6)(digits_task.build(), digits_task))
+    assert seen == {"cubic": [40, 32, 24, 24], "even": [56, 48, 32, 24]}[schedule]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"heads": 1.0}, "heads must be at least 0 and below 1"),
+        ({"scope": "network"}, "scope must be one of layer, global"),
+        ({"samples": 0}, "samples must be at least 1"),
+        ({"ratio": {"conv1": 0.5}, "scope": "global"}, "one ratio for all layers"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Prune(**{"ratio": 0.5, **settings})  # type: ignore[arg-type]
+
+
+def test_an_iterative_schedule_refuses_what_it_does_not_know() -> None:
+    with pytest.raises(InputError, match="rounds must be at least 1"):
+        iterative(0.5, 0, Finetune(1))
+    with pytest.raises(InputError, match="one of cubic, even"):
+        iterative(0.5, 2, Finetune(1), "linear")
