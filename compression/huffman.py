@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Symbols in a chunk: its length in bits, at most 1024 * 32, fits the two bytes that it is stored in.
+# Symbols in a chunk: its length in bits, at most 1024 * 25, fits the two bytes that it is stored in.
 CHUNK = 1024
 # Longest code, for alphabets that it suffices for: keeps the reader's table small, and costs next to nothing.
 LONGEST = 16
+# Longest code that can be read: it lies in the 32 bits from some byte on, wherever in that byte it begins.
+LONGEST_READ = 25
 
 
 def entropy(counts: np.ndarray) -> float:
@@ -27,8 +29,8 @@ def huffman_lengths(counts: np.ndarray, longest: int | None = None) -> np.ndarra
 
     Args:
         counts: how often each symbol 0, 1, ... occurs.
-        longest: in bits; by default 16, or 3 more than equal lengths would need for large alphabets. At 32 or
-            so the limit no longer matters, and the result is Huffman's.
+        longest: in bits; by default 16, or 3 more than equal lengths would need for large alphabets. Where it is
+            no limit, the total is that of Huffman's code; a `Stream` can be read up to 25.
 
     Returns:
         uint8, as many as `counts`; 0 for symbols that do not occur, and for one that occurs alone.
@@ -84,6 +86,12 @@ class Stream:
         """The stream of these symbols with the best code for them."""
         return cls(symbols, huffman_lengths(np.bincount(symbols)))
 
+    @classmethod
+    def fixed(cls, symbols: np.ndarray) -> Stream:
+        """The stream of these symbols with codes of one length, the shortest that suffices."""
+        width = int(symbols.max(initial=0)).bit_length()
+        return cls(symbols, np.full(1 << width, width, np.uint8))
+
     @property
     def size(self) -> int:
         """Bytes of `encode`, known without encoding."""
@@ -119,7 +127,7 @@ class Stream:
     def decode(cls, data: bytes, count: int, lengths: np.ndarray) -> np.ndarray:
         """Read `count` symbols, uint32; raises ValueError where the bits do not fit the lengths."""
         if count == 0 or not lengths.any():
-            return np.full(count, len(lengths) - 1, np.uint32)
+            return np.full(count, max(0, len(lengths) - 1), np.uint32)
         chunks = -(-count // CHUNK)
         bits = np.frombuffer(data, "<u2", chunks).astype(np.int64)
         # The 32 bits from every byte on: any code, wherever in that byte it begins, lies within them.
@@ -145,8 +153,8 @@ class Stream:
 def _table(lengths: np.ndarray) -> np.ndarray:
     """For every bit pattern of the longest code's length: the symbol that it begins with * 32 + its length."""
     used, longest = _by_length(lengths), int(lengths.max())
-    if longest > 25:
-        raise ValueError(f"a code of {longest} bits; 25 is the most")
+    if longest > LONGEST_READ:
+        raise ValueError(f"a code of {longest} bits; {LONGEST_READ} is the most")
     repeats = 1 << (longest - lengths[used].astype(np.int64))
     if int(repeats.sum()) != 1 << longest:
         raise ValueError("the code lengths are not those of a complete code")
