@@ -1,8 +1,7 @@
-"""Post-training quantization with a bit-width per layer.
+"""Post-training quantization with a number format per layer, for weights and for activations.
 
-Weights: symmetric, one scale per output channel. Activations: one scale per tensor, asymmetric or
-symmetric. The model that comes back computes with rounded values ("fake quantization"), and carries
-the scales that the export writes into the graph.
+The model that comes back computes with rounded values ("fake quantization"), and carries the scales that the export
+writes into the graph.
 """
 
 from __future__ import annotations
@@ -10,60 +9,40 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..core.errors import CandidateError, InputError
+from ..core.notes import note
 from ..core.registry import operator
 from ..core.types import Task
-from ..tasks.data import example_input, normalise
+from ..tasks.data import example_input
+from .calibration import CALIBRATORS, Observer, calibration_batches, make_observer, observe
+from .equalization import awq_scale, correct_biases, equalize, layer_inputs, output_means
 from .graph import Layer, find_layers, fold_batchnorm
+from .grids import FORMATS, DynamicGrid, Format, Grid, bit_width, codebook, is_integer
+from .grids import activation_grid as activation_grid
+from .grids import weight_grid as weight_grid
 
+# Those that are plain numbers of bits, for command lines and spaces.
 BITS = (32, 16, 8, 7, 6, 5, 4, 3, 2)
-CALIBRATORS = ("max", "percentile")
+ACTIVATIONS: tuple[Format, ...] = (32, 8, 7, 6, 5, 4, 3, 2, "fp8", "fp8e5m2", "dynamic")
 OUTPUTS = ("none", "shared", "all")
-
-
-class Grid(nn.Module):
-    """The values that a tensor may take: `(q - zero_point) * scale` for low <= q <= high.
-
-    A module, so that scales are stored and moved with the model that they belong to.
-
-    Attributes:
-        scale: a tensor of one value, or one per channel.
-    """
-
-    scale: Tensor
-
-    def __init__(self, scale: Tensor, zero_point: int, low: int, high: int) -> None:
-        super().__init__()
-        self.register_buffer("scale", scale)
-        self.zero_point, self.low, self.high = zero_point, low, high
-
-    def round(self, x: Tensor) -> Tensor:
-        """Nearest grid value of each element (torch's fake quantization, ties to even)."""
-        if self.scale.numel() > 1:
-            zero = torch.zeros(self.scale.numel(), dtype=torch.int32)
-            return torch.fake_quantize_per_channel_affine(x, self.scale, zero, 0, self.low, self.high)
-        # A scale that stays a tensor, as `torch.export` can't follow the value of one.
-        zero = torch.tensor(self.zero_point, dtype=torch.int32)
-        return torch.fake_quantize_per_tensor_affine(x, self.scale, zero, self.low, self.high)
-
-    def integers(self, x: Tensor) -> Tensor:
-        """Grid positions of `x`, channels first where there are several scales; int32."""
-        scale = self.scale.view(-1, *[1] * (x.ndim - 1)) if self.scale.numel() > 1 else self.scale
-        return (x / scale).round().add(self.zero_point).clamp(self.low, self.high).to(torch.int32)
+GRANULARITIES = ("tensor", "channel", "group")
+SCHEMES = ("uniform", "codebook")
+# Inputs on which the factors of `awq` are compared.
+AWQ_SAMPLES = 32
 
 
 class LayerQuantization(nn.Module):
     """The grids of one layer, as sub-module `quantization` of its module.
 
     Attributes:
-        bits: 16, or 2 to 8.
-        weight, input, output: the grids; None where that tensor is not rounded.
+        bits: format of the weights, one of `grids.FORMATS`; 32 where activations alone are rounded.
+        weight, input, output: the grids; None where that tensor is not rounded, or to a 16-bit format.
     """
 
     weight: Grid | None
@@ -71,7 +50,7 @@ class LayerQuantization(nn.Module):
     output: Grid | None
 
     def __init__(
-        self, bits: int, weight: Grid | None = None, input: Grid | None = None, output: Grid | None = None
+        self, bits: Format, weight: Grid | None = None, input: Grid | None = None, output: Grid | None = None
     ) -> None:
         super().__init__()
         self.bits = bits
@@ -100,161 +79,235 @@ def _of(module: nn.Module) -> LayerQuantization:
 @operator
 @dataclass(frozen=True)
 class Quantize:
-    """Round weights and activations to `bits`.
+    """Round weights to `bits`, and activations to `activations`.
 
     Attributes:
-        bits: for all layers, or by layer name; layers not named stay at 32. 16 stores half-precision
-            weights, and runs in bfloat16 where the target can. 2 to 8 are integer grids.
-        calibrator: "max" covers every value seen, "percentile" leaves out the outermost 0.01 %.
+        bits: format for all layers, or by layer name; layers not named stay at 32. 16 and "bf16" store half-precision
+            weights, and run in bfloat16 where the target can. "fp8" (e4m3) and "fp8e5m2" are 8-bit floating point
+            with scales. 8 to 2 are integers, 1.58 is ternary, 1 is binary (see `grids`).
+        calibrator: how ranges of activations are found: "max" covers every value seen, "percentile" leaves out those
+            beyond `percentile` at either end, "entropy" has the smallest Kullback-Leibler divergence, "mse" the
+            smallest squared error.
         symmetric: whether signed activations get a grid around 0 (unsigned ones always start at 0).
-        samples: training images used for calibration.
+        samples: training inputs used for calibration.
         outputs: which convolutions also round their output, where it does not just feed the next rounded
             layer. Some runtimes need that for speed ("all": ONNX Runtime) or for right results ("shared",
             only those whose output several operations take: OpenVINO); "none" rounds inputs alone.
+        activations: format for the inputs of all layers that `bits` rounds, or by layer name: 32 (weights alone),
+            8 to 2, "fp8", "fp8e5m2", or "dynamic" (8 bits over the range of each batch, found at run time). None takes
+            that of the weights: 8 for ternary and binary ones, 32 for codebooks, 16-bit formats and `awq`.
+        granularity: what shares a scale: the "tensor", a "channel" (of the output), or a "group" of `group_size`
+            consecutive weights of a channel; layers whose channels can't be cut so get one scale per channel.
+        weight_symmetric: whether integer weights have their grid around 0, or a zero point for each scale.
+        weight_calibrator: "max" or "mse", for integer weights of 2 to 8 bits.
+        scheme: "uniform", or "codebook": 2^bits values, found by k-means, for each channel or for the tensor.
+        bias_correction: whether biases take back the shift of each layer's mean output (Nagel et al. 2019).
+        equalize: whether ranges of consecutive layers are equalized before (Nagel et al. 2019).
+        awq: whether input channels are scaled before rounding by how large their activations are (Lin et al. 2023);
+            for layers with rounded weights alone.
+        seed: of the choice of training inputs.
 
     Raises:
-        InputError: a bit-width, calibrator or sample count that is not possible.
+        InputError: a setting that is not possible.
     """
 
-    bits: int | Mapping[str, int] = 8
+    bits: Format | Mapping[str, Format] = 8
     calibrator: str = "max"
     symmetric: bool = True
     samples: int = 256
     outputs: str = "shared"
+    activations: Format | Mapping[str, Format] | None = None
+    granularity: str = "channel"
+    group_size: int = 32
+    weight_symmetric: bool = True
+    weight_calibrator: str = "max"
+    percentile: float = 99.99
+    scheme: str = "uniform"
+    bias_correction: bool = False
+    equalize: bool = False
+    awq: bool = False
+    seed: int = 0
 
     rank = 50
     retrains = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) and not self.bits:
-            raise InputError("Quantize: bits names no layer; leave the step out to quantize nothing")
-        for bits in {self.bits} if isinstance(self.bits, int) else set(self.bits.values()):
-            if bits not in BITS:
-                raise InputError(f"Quantize: bits must be one of {', '.join(map(str, BITS))}, not {bits}")
-        if self.calibrator not in CALIBRATORS:
-            raise InputError(f"Quantize: calibrator must be one of {', '.join(CALIBRATORS)}, not '{self.calibrator}'")
-        if self.outputs not in OUTPUTS:
-            raise InputError(f"Quantize: outputs must be one of {', '.join(OUTPUTS)}, not '{self.outputs}'")
+        for name in ("bits", "activations"):
+            value = getattr(self, name)
+            if isinstance(value, Mapping) and not value:
+                raise InputError(f"Quantize: {name} names no layer; leave the step out to quantize nothing")
+        for bits in self._formats():
+            _one_of("bits", bits, FORMATS)
+            if self.scheme == "codebook" and bit_width(bits) <= 8 and (isinstance(bits, (str, float))):
+                raise InputError(f"Quantize: a codebook takes 1 to 8 bits, not {bits}")
+        given = self.activations.values() if isinstance(self.activations, Mapping) else [self.activations]
+        for activation in given:
+            if activation is not None:
+                _one_of("activations", activation, ACTIVATIONS)
+        _one_of("calibrator", self.calibrator, CALIBRATORS)
+        _one_of("outputs", self.outputs, OUTPUTS)
+        _one_of("granularity", self.granularity, GRANULARITIES)
+        _one_of("weight_calibrator", self.weight_calibrator, ("max", "mse"))
+        _one_of("scheme", self.scheme, SCHEMES)
         if self.samples < 1:
             raise InputError(f"Quantize: samples must be at least 1, not {self.samples}")
+        if self.group_size < 2:
+            raise InputError(f"Quantize: group_size must be at least 2, not {self.group_size}")
+        if not 50 < self.percentile <= 100:
+            raise InputError(f"Quantize: percentile must be above 50 and at most 100, not {self.percentile}")
+        if self.scheme == "codebook" and self.granularity == "group":
+            raise InputError("Quantize: a codebook is for a channel or a tensor; granularity can't be 'group'")
+        if self.awq and (self.scheme == "codebook" or self.activations not in (None, 32)):
+            raise InputError("Quantize: awq is for uniform weights alone: leave activations out, or set them to 32")
 
     def __call__(self, model: nn.Module, task: Task) -> nn.Module:
         """Return the model with rounded weights and activations, its batch norms folded."""
         example = example_input(task.data)
         layers = find_layers(model, example)
         chosen = self._chosen(layers)
+        rounded = [layer for layer in layers if chosen[layer.name] != (32, 32)]
         fold_batchnorm(model, layers)
-        modules = dict(model.named_modules())
-        integer = [layer for layer in layers if chosen[layer.name] <= 8]
-        seen = self._calibrate(model, [layer.name for layer in integer], task) if integer else {}
-        for layer in layers:
-            bits, module = chosen[layer.name], modules[layer.name]
-            if bits == 32:
-                continue
-            quantization = LayerQuantization(bits)
+        if self.equalize:
+            equalize(model, example)
+        batches = partial(calibration_batches, task, self.samples, self.seed)
+        sides = {layer.name: self._sides(layer, chosen[layer.name][1]) for layer in rounded}
+        make = partial(make_observer, self.calibrator, self.percentile, self.seed)
+        seen = observe(model, {name: which for name, which in sides.items() if which}, batches(), make)
+        means = output_means(model, sides, batches()) if self.bias_correction else {}
+        weights = {layer.name: self._weight(model, layer, *chosen[layer.name], batches) for layer in rounded}
+        for layer in rounded:
+            bits, activation = chosen[layer.name]
+            module = model.get_submodule(layer.name)
+            entry = LayerQuantization(bits, weights[layer.name], self._input(layer, activation, seen))
+            if "output" in sides[layer.name]:
+                entry.output = self._grid(seen[layer.name, "output"], activation, layer.clipped)
             with torch.no_grad():
-                if bits == 16:
-                    module.weight.copy_(module.weight.half().float())  # type: ignore[operator,union-attr]
-                else:
-                    self._set_grids(quantization, layer, module, seen[layer.name])
-                    module.weight.copy_(quantization.weight.round(module.weight))  # type: ignore[union-attr,operator,arg-type]
-            module.quantization = quantization  # type: ignore[assignment]
-            quantization.attach(module)
+                module.weight.copy_(self._rounded(entry, cast("Tensor", module.weight)))  # type: ignore[operator,union-attr]
+            module.quantization = entry
+            entry.attach(module)
+        if self.bias_correction:
+            correct_biases(model, means, batches)
         return model
 
     def describe(self) -> str:
         """Short text for tables."""
-        values = {self.bits} if isinstance(self.bits, int) else set(self.bits.values())
-        names = [{32: "fp32", 16: "16-bit"}.get(bits, f"int{bits}") for bits in sorted(values)]
-        return "+".join(names)
+        names = {
+            32: "fp32",
+            16: "16-bit",
+            "bf16": "bf16",
+            "fp8": "fp8",
+            "fp8e5m2": "fp8e5m2",
+            1.58: "ternary",
+            1: "binary",
+        }
+        values = sorted(self._formats(), key=lambda bits: (bit_width(bits), str(bits)))
+        text = "+".join(names.get(bits, f"int{bits}") for bits in values)
+        if self.scheme == "codebook":
+            text += " codebook"
+        if self.granularity != "channel":
+            text += f" per {self.granularity}" + (f" of {self.group_size}" if self.granularity == "group" else "")
+        if isinstance(self.activations, Mapping):
+            text += ", activations by layer"
+        elif self.activations is not None:
+            shown = names.get(self.activations, self.activations)
+            text += ", weights alone" if self.activations == 32 else f", activations {shown}"
+        extras = {"equalized": self.equalize, "bias corrected": self.bias_correction, "awq": self.awq}
+        return ", ".join([text, *(name for name, used in extras.items() if used)])
 
-    def _chosen(self, layers: tuple[Layer, ...]) -> dict[str, int]:
+    def _formats(self) -> list[Format]:
+        """The different formats of weights that this step names."""
+        return list(dict.fromkeys(self.bits.values())) if isinstance(self.bits, Mapping) else [self.bits]
+
+    def _chosen(self, layers: tuple[Layer, ...]) -> dict[str, tuple[Format, Format]]:
+        """Formats of each layer's weights and inputs."""
         names = [layer.name for layer in layers]
-        if isinstance(self.bits, int):
-            return dict.fromkeys(names, self.bits)
-        strange = sorted(set(self.bits) - set(names))
-        if strange:
-            raise CandidateError(f"Quantize: no layer called {', '.join(strange)}; layers: {', '.join(names)}")
-        return {name: self.bits.get(name, 32) for name in names}
-
-    def _set_grids(
-        self, quantization: LayerQuantization, layer: Layer, module: nn.Module, seen: dict[str, tuple[float, float]]
-    ) -> None:
-        bits = quantization.bits
-        quantization.weight = weight_grid(module.weight, bits)  # type: ignore[arg-type]
-        quantization.input = activation_grid(*seen["input"], bits, self.symmetric)
-        if (
-            layer.kind == "conv"
-            and not layer.int8_chain
-            and (self.outputs == "all" or (self.outputs == "shared" and layer.shared))
-        ):
-            low, high = seen["output"]
-            # Rounding to a grid from 0 upwards is the ReLU that follows.
-            quantization.output = activation_grid(max(low, 0.0) if layer.clipped else low, high, bits, self.symmetric)
-
-    def _calibrate(self, model: nn.Module, names: list[str], task: Task) -> dict[str, dict[str, tuple[float, float]]]:
-        """Ranges of each layer's input and output over training images: {name: {"input": (low, high), ...}}."""
-        ends: dict[tuple[str, str], list[tuple[float, float]]] = {}
-
-        def record(name: str, side: str, x: Tensor) -> None:
-            if self.calibrator == "max":
-                low, high = torch.aminmax(x)
-                ends.setdefault((name, side), []).append((float(low), float(high)))
-            else:
-                low, high = np.quantile(x.numpy(), (1e-4, 1 - 1e-4))
-                ends.setdefault((name, side), []).append((float(low), float(high)))
-
-        def hook(name: str) -> Any:
-            def see(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                record(name, "input", inputs[0].detach())
-                record(name, "output", output.detach())
-
-            return see
-
-        modules = dict(model.named_modules())
-        handles = [modules[name].register_forward_hook(hook(name)) for name in names]
-        train = task.data.train
-        picked = np.random.default_rng(0).permutation(len(train))[: self.samples]
-        try:
-            with torch.no_grad():
-                for start in range(0, len(picked), 64):
-                    images = train.inputs[np.sort(picked[start : start + 64])]
-                    model.eval()(torch.from_numpy(normalise(task.data, images)))
-        finally:
-            for handle in handles:
-                handle.remove()
-        combine = (
-            (lambda pairs: (min(p[0] for p in pairs), max(p[1] for p in pairs)))
-            if self.calibrator == "max"
-            else (lambda pairs: (sum(p[0] for p in pairs) / len(pairs), sum(p[1] for p in pairs) / len(pairs)))
-        )
-        found: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in names}
-        for (name, side), pairs in ends.items():
-            found[name][side] = combine(pairs)
+        for setting in (self.bits, self.activations):
+            strange = sorted(set(setting) - set(names)) if isinstance(setting, Mapping) else []
+            if strange:
+                raise CandidateError(f"Quantize: no layer called {', '.join(strange)}; layers: {', '.join(names)}")
+        found: dict[str, tuple[Format, Format]] = {}
+        for name in names:
+            bits = self.bits.get(name, 32) if isinstance(self.bits, Mapping) else self.bits
+            given = self.activations.get(name) if isinstance(self.activations, Mapping) else self.activations
+            if isinstance(self.bits, Mapping) and name not in self.bits and not isinstance(self.activations, Mapping):
+                given = None
+            found[name] = (bits, self._usual_activation(bits) if given is None else given)
         return found
 
+    def _usual_activation(self, bits: Format) -> Format:
+        if bit_width(bits) > 8 or self.scheme == "codebook" or self.awq:
+            return 32
+        return 8 if bit_width(bits) < 2 else bits
 
-def weight_grid(weight: Tensor, bits: int) -> Grid:
-    """Symmetric grid with one scale per output channel (dimension 0), -(2^(b-1)-1) .. 2^(b-1)-1."""
-    top = 2 ** (bits - 1) - 1
-    largest = weight.detach().flatten(1).abs().amax(1)
-    return Grid((largest / top).clamp_min(1e-8), 0, -top, top)
+    def _sides(self, layer: Layer, activation: Format) -> tuple[str, ...]:
+        """What of a layer must be calibrated."""
+        if activation in (32, "dynamic"):
+            return ()
+        wanted = self.outputs == "all" or (self.outputs == "shared" and layer.shared)
+        if is_integer(activation) and layer.kind == "conv" and not layer.int8_chain and wanted:
+            return ("input", "output")
+        return ("input",)
+
+    def _input(self, layer: Layer, activation: Format, seen: Mapping[tuple[str, str], Observer]) -> Grid | None:
+        if activation == 32:
+            return None
+        return DynamicGrid() if activation == "dynamic" else self._grid(seen[layer.name, "input"], activation)
+
+    def _grid(self, observer: Observer, activation: Format, clipped: bool = False) -> Grid:
+        """The grid for what an observer saw; one from 0 upwards is the ReLU that follows, if `clipped`."""
+
+        def make(low: float, high: float) -> Grid:
+            return activation_grid(max(low, 0.0) if clipped else low, high, activation, self.symmetric)
+
+        return make(*observer.range(int(2 ** bit_width(activation)), make))
+
+    def _weight(self, model: nn.Module, layer: Layer, bits: Format, activation: Format, batches: Any) -> Grid | None:
+        """The grid for a layer's weights; None for those of 16 and 32 bits."""
+        if bit_width(bits) > 8:
+            return None
+        module = model.get_submodule(layer.name)
+        weight = cast("Tensor", module.weight).detach()
+        fan_in = weight[0].numel()
+        granularity = self.granularity
+        if self.scheme == "codebook":
+            entries = 2 ** int(bits)
+            if granularity == "channel" and fan_in <= entries:
+                granularity = "tensor"
+                note(f"Quantize: {layer.name}: channels of {fan_in} weights share one codebook of {entries}")
+            return codebook(weight, entries, granularity)
+        if granularity == "group" and fan_in % self.group_size:
+            granularity = "channel"
+            note(f"Quantize: {layer.name}: {fan_in} weights are no multiple of {self.group_size}: a scale per channel")
+        make = partial(
+            weight_grid,
+            weight,
+            bits,
+            granularity=granularity,
+            group=self.group_size,
+            symmetric=self.weight_symmetric,
+            calibrator=self.weight_calibrator,
+        )
+        scale = None
+        if self.awq:
+            if getattr(module, "groups", 1) > 1 or activation != 32:
+                note(f"Quantize: {layer.name}: awq is for ungrouped layers with rounded weights alone")
+            else:
+                x = layer_inputs(model, layer.name, next(batches())[:AWQ_SAMPLES])
+                scale = awq_scale(module, x, lambda factors: make(input_scale=factors))
+        return make(input_scale=scale)
+
+    @staticmethod
+    def _rounded(entry: LayerQuantization, weight: Tensor) -> Tensor:
+        if entry.weight is not None:
+            return entry.weight.round(weight)
+        half = {16: torch.float16, "bf16": torch.bfloat16}.get(cast("Any", entry.bits))
+        return weight if half is None else weight.to(half).float()
 
 
-def activation_grid(low: float, high: float, bits: int, symmetric: bool) -> Grid:
-    """Grid of 2^bits values over [low, high], which always includes 0 exactly.
-
-    Unsigned where no value is negative; otherwise signed and around 0 (symmetric), or from low to high.
-    """
-    low, high = min(low, 0.0), max(high, 0.0)
-    levels = 2**bits - 1
-    if low == 0.0:
-        return Grid(torch.tensor(max(high / levels, 1e-8)), 0, 0, levels)
-    if symmetric:
-        top = 2 ** (bits - 1) - 1
-        return Grid(torch.tensor(max(max(-low, high) / top, 1e-8)), 0, -top - 1, top)
-    scale = max((high - low) / levels, 1e-8)
-    return Grid(torch.tensor(scale), round(-low / scale), 0, levels)
+def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> None:
+    if isinstance(value, bool) or value not in known:
+        shown = repr(value) if isinstance(value, str) else value
+        raise InputError(f"Quantize: {name} must be one of {', '.join(map(str, known))}, not {shown}")
 
 
 def quantized_layers(model: nn.Module) -> dict[str, LayerQuantization]:

@@ -91,6 +91,8 @@ class Evaluator:
         self._size(artifact, found)
         self._check_parity(model, artifact, candidate.plan, found)
         found.update(self.accuracy(artifact, candidate.plan, "search"))
+        if self._asks_for("compressed_size"):
+            found["compressed_size"] = compressed_size(model)
         self._measure(artifact, candidate.plan, found)
         reason = self._violated(found)
         state = State.INFEASIBLE if reason else State.COMPLETE
@@ -107,7 +109,11 @@ class Evaluator:
         if not artifact.path.is_file():
             raise CandidateError(f"{artifact.path} is gone")
         with LANE.shared():
-            found = {name: m for name, m in known.items() if name in ("parameters", "macs", "size", "parity")}
+            found = {
+                name: m
+                for name, m in known.items()
+                if name in ("parameters", "macs", "size", "compressed_size", "parity")
+            }
             found |= self.accuracy(artifact, plan, split)
             self._measure(artifact, plan, found)
         return found
@@ -165,9 +171,13 @@ class Evaluator:
         """Bytes of the weights alone, at the plan's bit-widths: less than any file of this candidate."""
         from ..hardware.device import provenance
 
-        stored = 8 * max(1, -(-lowest_bits(plan) // 8))
+        # Files hold 4, 8, 16 or 32 bits for each weight.
+        stored = next(size for size in (4, 8, 16, 32) if min(_widths(plan, "bits")) <= size)
         weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
         return Measurement("size", weights * stored / 8, "B", None, 1, provenance("computed", method=Method.PREDICTED))
+
+    def _asks_for(self, name: str) -> bool:
+        return name in {objective.name for objective in self.objectives} | {c.name for c in self.constraints}
 
     def _limits_hardware(self) -> bool:
         return self.baseline is not None and any(c.name in self.backend.capabilities.metrics for c in self.constraints)
@@ -244,19 +254,35 @@ def cheap_figures(model: nn.Module, task: Task) -> dict[str, Measurement]:
     }
 
 
+def compressed_size(model: nn.Module) -> Measurement:
+    """Bytes of the file with Huffman-coded weights that loads back bit for bit (see `compression.coding`)."""
+    from ..compression.coding import compressed_size as count
+
+    source = Provenance(Method.MEASURED, "any", "autocompress coding", "")
+    return Measurement("compressed_size", float(count(model)), "B", None, 1, source)
+
+
 def prepared(step: Operator, model: nn.Module, task: Task) -> nn.Module:
     """The structure that a retraining step's weights fit, without the training."""
     prepare = getattr(step, "prepare", None)
     return prepare(model, task) if prepare is not None else model
 
 
-def lowest_bits(plan: Plan) -> int:
-    """The smallest bit-width that a plan gives to any layer; 32 for plans that do not quantize."""
-    found = [32]
+def lowest_bits(plan: Plan) -> float:
+    """The smallest bit-width that a plan gives to any layer's weights or inputs; 32 for plans that do not quantize."""
+    return min(_widths(plan, "bits") + _widths(plan, "activations"))
+
+
+def _widths(plan: Plan, field: str) -> list[float]:
+    """Bit-widths in a field of the plan's steps, 32 included."""
+    from ..compression.grids import bit_width
+
+    found: list[float] = [32]
     for step in plan:
-        bits = getattr(step, "bits", 32)
-        found += list(bits.values()) if isinstance(bits, Mapping) else [bits]
-    return min(found)
+        value = getattr(step, field, None) if hasattr(step, "bits") else None
+        formats = value.values() if isinstance(value, Mapping) else [value]
+        found += [bit_width(format) for format in formats if format is not None]
+    return found
 
 
 def describe_error(error: BaseException) -> str:

@@ -12,16 +12,16 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-from google.protobuf.message import DecodeError
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 from torch import nn
 
 from ..compression.graph import find_layers, fold_batchnorm
-from ..compression.quantization import Grid, LayerQuantization, quantized_layers, without_rounding
+from ..compression.quantization import LayerQuantization, quantized_layers, without_rounding
 from ..core.errors import CandidateError
 from ..core.types import Artifact
+from .onnx_bits import bits_in_graph as bits_in_graph
+from .qdq import Writer, has_integer_kernel, needs_opset_21, write_rounding, write_weight
 
-BITS_KEY = "autocompress.bits"
 INPUT, OUTPUT = "input", "logits"
 
 
@@ -30,9 +30,8 @@ def export_onnx(
 ) -> Artifact:
     """Write `model` as ONNX: input "input" (batch, ...), output "logits" (batch, classes).
 
-    Integer layers get QuantizeLinear/DequantizeLinear pairs with the scales found by `Quantize`, int8
-    weights and float32 biases; 16-bit layers store float16 weights. The bit-width of every layer goes
-    into the file's metadata.
+    Rounded inputs and outputs get QuantizeLinear/DequantizeLinear pairs with the scales found by `Quantize`. Weights
+    are stored as they are rounded, in 4, 8 or 16 bits, under the name "LAYER.weight_q" (see `qdq`); biases in float32.
 
     Args:
         example: one input, as `tasks.data.example_input` makes it.
@@ -45,27 +44,16 @@ def export_onnx(
     plain = without_rounding(model)
     if not quantization:
         fold_batchnorm(plain, find_layers(plain, example))
-    proto = _export_float(plain, example)
+    proto = _export_float(plain, example, 21 if any(map(needs_opset_21, quantization.values())) else None)
+    _name_weights(proto, plain)
     _insert_qdq(proto, quantization, plain, clip_last)
-    bits = ",".join(f"{name}={entry.bits}" for name, entry in quantization.items())
-    helper.set_model_props(proto, {BITS_KEY: bits})
     path.parent.mkdir(parents=True, exist_ok=True)
     content = proto.SerializeToString()
     path.write_bytes(content)
     return Artifact(runtime, path, hashlib.sha256(content).hexdigest(), len(content))
 
 
-def bits_in_graph(path: Path) -> dict[str, int]:
-    """The bit-width of each layer below 32, as stored in the file."""
-    try:
-        proto = onnx.load(str(path), load_external_data=False)
-    except (OSError, DecodeError) as error:
-        raise CandidateError(f"{path} is no readable ONNX file: {error}") from error
-    entry = next((prop.value for prop in proto.metadata_props if prop.key == BITS_KEY), "")
-    return {name: int(bits) for name, _, bits in (item.rpartition("=") for item in entry.split(",") if item)}
-
-
-def _export_float(model: nn.Module, example: torch.Tensor) -> onnx.ModelProto:
+def _export_float(model: nn.Module, example: torch.Tensor, opset: int | None = None) -> onnx.ModelProto:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     batch = torch.export.Dim("batch", min=1, max=65536)
     # Two images: a batch of one would let the exporter fix the batch dimension.
@@ -80,6 +68,7 @@ def _export_float(model: nn.Module, example: torch.Tensor) -> onnx.ModelProto:
                 verbose=False,
                 input_names=[INPUT],
                 output_names=[OUTPUT],
+                opset_version=opset,
                 dynamic_shapes=({0: batch},),
             )
         assert program is not None
@@ -111,76 +100,52 @@ def _insert_qdq(
     initializers = {entry.name: entry for entry in graph.initializer}
     order = list(graph.node)
     for number, (name, entry) in enumerate(quantization.items()):
-        weight = model.get_submodule(name).weight.detach()  # type: ignore[union-attr,operator]
+        module = model.get_submodule(name)
+        weight = module.weight.detach()  # type: ignore[union-attr,operator]
         stored, transposed = _find_weight(initializers, f"{name}.weight", weight.numpy())
         users = [node for node in order if stored in node.input]
         if len(users) != 1:
             raise CandidateError(f"export: the weight of layer {name} is used {len(users)} times in the ONNX graph")
         node = users[0]
-        prefix = f"q{number}"
-        before: list[onnx.NodeProto] = []
-        if entry.bits == 16:
-            half = weight.numpy().T if transposed else weight.numpy()
-            graph.initializer.append(
-                numpy_helper.from_array(np.ascontiguousarray(half.astype(np.float16)), prefix + "w")
-            )
-            before.append(helper.make_node("Cast", [prefix + "w"], [prefix + "wf"], to=TensorProto.FLOAT))
-        else:
-            assert entry.weight is not None
-            integers = entry.weight.integers(weight).numpy().astype(np.int8)
-            integers = np.ascontiguousarray(integers.T if transposed else integers)
-            scales = entry.weight.scale.numpy().astype(np.float32)
-            graph.initializer.append(numpy_helper.from_array(integers, prefix + "w"))
-            graph.initializer.append(numpy_helper.from_array(scales, prefix + "ws"))
-            graph.initializer.append(numpy_helper.from_array(np.zeros(len(scales), np.int8), prefix + "wz"))
-            before.append(
-                helper.make_node(
-                    "DequantizeLinear",
-                    [prefix + "w", prefix + "ws", prefix + "wz"],
-                    [prefix + "wf"],
-                    axis=1 if transposed else 0,
-                )
-            )
+        writer = Writer(graph, f"q{number}")
+        if entry.bits != 32:
+            linear = isinstance(module, nn.Linear)
+            back = write_weight(writer, entry, weight, f"{name}.weight_q", linear=linear, transposed=transposed)
+            node.input[list(node.input).index(stored)] = back
+            graph.initializer.remove(initializers.pop(stored))
+        kernel = entry.weight is not None and has_integer_kernel(entry)
         if entry.input is not None:
-            nodes, rounded = _round_nodes(graph, entry.input, node.input[0], prefix + "i", entry.bits, clip_last)
-            before += nodes
-            node.input[0] = rounded
-        node.input[list(node.input).index(stored)] = prefix + "wf"
+            node.input[0] = write_rounding(writer, entry.input, node.input[0], clip_last=clip_last, kernel=kernel)
         at = order.index(node)
-        order[at:at] = before
+        order[at:at] = writer.nodes
         if entry.output is not None:
-            outer, node.output[0] = node.output[0], prefix + "y"
-            nodes, rounded = _round_nodes(graph, entry.output, prefix + "y", prefix + "o", entry.bits, clip_last)
-            nodes[-1].output[0] = outer
+            outer, node.output[0] = node.output[0], f"q{number}_y"
+            after = Writer(graph, f"q{number}o")
+            write_rounding(after, entry.output, node.output[0], clip_last=clip_last, kernel=True)
+            after.nodes[-1].output[0] = outer
             at = order.index(node) + 1
-            order[at:at] = nodes
-        graph.initializer.remove(initializers.pop(stored))
+            order[at:at] = after.nodes
     del graph.node[:]
     graph.node.extend(order)
 
 
-def _round_nodes(
-    graph: onnx.GraphProto, grid: Grid, source: str, prefix: str, bits: int, clip_last: bool
-) -> tuple[list[onnx.NodeProto], str]:
-    """Nodes that round tensor `source` to `grid`; below 8 bits a Clip keeps to the narrower grid."""
-    dtype = np.int8 if grid.low < 0 else np.uint8
-    scale = np.float32(float(grid.scale))
-    graph.initializer.append(numpy_helper.from_array(np.asarray(scale), prefix + "s"))
-    graph.initializer.append(numpy_helper.from_array(np.asarray(grid.zero_point, dtype), prefix + "z"))
-    steps: list[tuple[str, list[str]]] = [
-        ("QuantizeLinear", [prefix + "s", prefix + "z"]),
-        ("DequantizeLinear", [prefix + "s", prefix + "z"]),
-    ]
-    if bits < 8:
-        for end, value in (("l", grid.low), ("h", grid.high)):
-            limit = np.asarray(np.float32(value - grid.zero_point) * scale, np.float32)
-            graph.initializer.append(numpy_helper.from_array(limit, prefix + end))
-        steps.insert(2 if clip_last else 0, ("Clip", [prefix + "l", prefix + "h"]))
-    nodes = []
-    for number, (kind, inputs) in enumerate(steps):
-        nodes.append(helper.make_node(kind, [source, *inputs], [f"{prefix}{number}"]))
-        source = f"{prefix}{number}"
-    return nodes, source
+def _name_weights(proto: onnx.ModelProto, model: nn.Module) -> None:
+    """Call stored weights by their layers, where the exporter has given them other names."""
+    initializers = {entry.name: entry for entry in proto.graph.initializer}
+    for path, module in model.named_modules():
+        name = f"{path}.weight"
+        if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or name in initializers:
+            continue
+        with contextlib.suppress(CandidateError):
+            stored, _ = _find_weight(initializers, name, module.weight.detach().numpy())
+            if stored.endswith(".weight"):
+                continue  # another layer's, with the same values
+            initializers[name] = initializers.pop(stored)
+            initializers[name].name = name
+            for node in proto.graph.node:
+                for at, value in enumerate(node.input):
+                    if value == stored:
+                        node.input[at] = name
 
 
 def _find_weight(initializers: dict[str, TensorProto], name: str, weight: np.ndarray) -> tuple[str, bool]:

@@ -154,7 +154,9 @@ class CpuBackend:
         return importlib.metadata.version(self.runtime)
 
     def _bf16(self, artifact: Artifact) -> bool:
-        return self.runtime == "openvino" and has_bf16() and 16 in bits_in_graph(artifact.path).values()
+        if self.runtime != "openvino" or not has_bf16():
+            return False
+        return any(entry["weight"] in (16, "bf16") for entry in bits_in_graph(artifact.path).values())
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         command = [sys.executable, "-m", "autocompress.hardware.probe"]

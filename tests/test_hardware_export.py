@@ -6,7 +6,9 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
@@ -16,6 +18,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from autocompress import Data, Plan, Quantize, Split, Task
+from autocompress.compression.graph import find_layers
 from autocompress.compression.quantization import Grid, quantized_layers
 from autocompress.core.errors import CandidateError
 from autocompress.core.types import Artifact, Method
@@ -31,6 +34,7 @@ DATA = Data("noise", NOISE, NOISE, NOISE, tuple("abcdefghij"), (0.45,) * 3, (0.2
 
 RUNTIMES = ("onnxruntime", "openvino")
 COMPUTING = ("Conv", "Gemm", "MatMul")
+LAYERS = ("conv1", "conv2", "conv3", "fc")
 MODELS = ("digits-cnn", "resnet20", "torchvision:mobilenet_v3_small")
 
 
@@ -245,8 +249,11 @@ def test_the_file_says_how_many_bits_each_layer_has(
 ) -> None:
     model = Quantize(bits)(digits_task.build(), digits_task)
     artifact = export_onnx(model, torch.zeros(1, 1, 8, 8), tmp_path / "model.onnx", "x86/openvino")
-    named = bits if isinstance(bits, dict) else dict.fromkeys(("conv1", "conv2", "conv3", "fc"), bits)
-    assert bits_in_graph(artifact.path) == {name: b for name, b in named.items() if b < 32}
+    named = bits if isinstance(bits, dict) else dict.fromkeys(LAYERS, bits)
+    expected = {name: named.get(name, 32) for name in LAYERS}
+    assert bits_in_graph(artifact.path) == {
+        name: {"weight": b, "activation": b if b <= 8 else 32} for name, b in expected.items()
+    }
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(7, True), (4, True), (4, False), (2, True)])
@@ -258,7 +265,8 @@ def test_a_layer_below_8_bits_stays_on_its_grid_in_the_file(
     proto = onnx.load(str(artifact.path))
     stored, made_by = initializers(proto), makers(proto)
     top = 2 ** (bits - 1) - 1
-    weights = [value for value in stored.values() if value.dtype == np.int8 and value.ndim > 1]
+    kind = ml_dtypes.int4 if bits <= 4 else np.int8
+    weights = [value for value in stored.values() if value.dtype == kind and value.ndim > 1]
     assert len(weights) == 4
     assert all(value.min() >= -top and value.max() <= top for value in weights)
     # Show what each rounding node makes of images that are brighter and darker than those of the calibration.
@@ -290,6 +298,123 @@ def test_a_file_below_8_bits_computes_what_pytorch_computes(
     model = Quantize(bits, outputs=backend.capabilities.outputs)(digits_task.build(), digits_task)
     built = Built(digits_task, model, backend.build(model, digits_task, tmp_path))
     assert parity_error(built.logits(200), backend.predict(built.artifact, built.images(200))) < 0.01
+
+
+Formats = dict[str, Any]
+
+# For each setting: what the operator gets, the formats that the file's two layers must have, and the largest deviation.
+# OpenVINO converts to 8-bit floating point with other ties, and rounds the inputs of linear layers with 8-bit weights.
+SETTINGS: dict[str, tuple[Formats, tuple[object, object], float]] = {
+    "per tensor": ({"bits": 8, "granularity": "tensor"}, (8, 8), 0.01),
+    "per channel": ({"bits": 8}, (8, 8), 0.01),
+    "per group": ({"bits": 8, "granularity": "group", "group_size": 8}, (8, 8), 0.01),
+    "per group, 8-bit activations": (
+        {"bits": 4, "activations": 8, "granularity": "group", "group_size": 8, "weight_symmetric": False},
+        (4, 8),
+        0.01,
+    ),
+    "per group, weights alone": (
+        {"bits": 4, "activations": 32, "granularity": "group", "group_size": 8, "weight_symmetric": False},
+        (4, 32),
+        0.02,
+    ),
+    "asymmetric weights": ({"bits": 8, "weight_symmetric": False}, (8, 8), 0.01),
+    "4-bit asymmetric weights": ({"bits": 4, "activations": 8, "weight_symmetric": False}, (4, 8), 0.01),
+    "4-bit weights": ({"bits": 4, "activations": 8}, (4, 8), 0.01),
+    "4-bit weights alone": ({"bits": 4, "activations": 32}, (4, 32), 0.02),
+    "activations alone": ({"bits": 32, "activations": 8}, (32, 8), 0.01),
+    "ternary": ({"bits": 1.58}, (1.58, 8), 0.01),
+    "binary": ({"bits": 1}, (1, 8), 0.01),
+    "bf16": ({"bits": "bf16"}, ("bf16", 32), 0.02),
+    "fp8": ({"bits": "fp8"}, ("fp8", "fp8"), 0.03),
+    "fp8e5m2 weights alone": ({"bits": "fp8e5m2", "activations": 32}, ("fp8e5m2", 32), 0.02),
+    "codebook": ({"bits": 3, "scheme": "codebook"}, (3, 32), 0.01),
+    "codebook per tensor": ({"bits": 5, "scheme": "codebook", "granularity": "tensor", "activations": 8}, (5, 8), 0.01),
+    "dynamic": ({"bits": 8, "activations": "dynamic"}, (8, "dynamic"), 0.03),
+    "awq": ({"bits": 3, "awq": True}, (3, 32), 0.02),
+}
+
+
+class Small(nn.Module):
+    """Two layers for 8x8 images, with a sharp eye for wrong scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 16, 4, stride=4)
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.conv(x).relu().flatten(1))
+
+
+@pytest.fixture(scope="module")
+def small_task() -> Task:
+    """The small model on noise."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return Small().eval()
+
+    noise = Split(np.random.default_rng(1).integers(0, 256, (128, 2, 8, 8), dtype=np.uint8), np.arange(128) % 10)
+    return Task("small on noise", make, Data("noise", noise, noise, noise, DATA.classes, (0.5,) * 2, (0.25,) * 2))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_both_runtimes_compute_every_format_and_its_file_says_which(
+    small_task: Task, tmp_path: Path, name: str
+) -> None:
+    settings, (weight, activation), limit = SETTINGS[name]
+    model = Quantize(outputs="all", **settings)(small_task.build(), small_task)
+    path = tmp_path / "model.onnx"
+    artifact = export_onnx(model, torch.zeros(1, 2, 8, 8), path, "x86/onnxruntime", clip_last=True)
+    assert bits_in_graph(path) == {layer: {"weight": weight, "activation": activation} for layer in ("conv", "fc")}
+    built = Built(small_task, model, artifact)
+    for runtime in RUNTIMES:
+        assert parity_error(built.logits(128), CpuBackend(runtime).predict(artifact, built.images(128))) < limit
+
+
+def test_the_formats_of_a_mixed_file_are_read_from_its_graph(digits_task: Task, tmp_path: Path) -> None:
+    step = Quantize(
+        {"conv1": 5, "conv2": 1.58, "fc": "fp8"}, activations={"conv1": 4, "conv2": 32, "conv3": 6, "fc": "dynamic"}
+    )
+    artifact = export_onnx(step(digits_task.build(), digits_task), torch.zeros(1, 1, 8, 8), tmp_path / "m.onnx", "any")
+    assert not onnx.load(str(artifact.path)).metadata_props
+    assert bits_in_graph(artifact.path) == {
+        "conv1": {"weight": 5, "activation": 4},
+        "conv2": {"weight": 1.58, "activation": 32},
+        "conv3": {"weight": 32, "activation": 6},
+        "fc": {"weight": "fp8", "activation": "dynamic"},
+    }
+
+
+def test_the_weights_of_a_float_file_are_called_by_their_layers(build: Build) -> None:
+    found = bits_in_graph(build("resnet20", "fp32", "openvino").artifact.path)
+    layers = find_layers(build("resnet20", "fp32", "openvino").model, torch.zeros(1, 3, 32, 32))
+    assert found == {layer.name: {"weight": 32, "activation": 32} for layer in layers}
+
+
+def test_4_bit_weights_take_half_a_byte_and_run_on_the_kernels_for_8_bits(digits_task: Task, tmp_path: Path) -> None:
+    sizes = {}
+    for bits in (8, 4):
+        model = Quantize(bits, activations=8, outputs="all")(digits_task.build(), digits_task)
+        artifact = CpuBackend("onnxruntime").build(model, digits_task, tmp_path / str(bits))
+        sizes[bits] = artifact.size_bytes
+    weights = sum(model.get_submodule(name).weight.numel() for name in LAYERS)  # type: ignore[union-attr,operator]
+    assert sizes[8] - sizes[4] == pytest.approx(weights / 2, rel=0.02)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(artifact.path), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert kinds.count("QLinearConv") == 3
+
+
+def test_a_codebook_takes_the_bits_of_its_indices(digits_task: Task, tmp_path: Path) -> None:
+    step = Quantize(4, scheme="codebook", granularity="tensor")
+    model = step(digits_task.build(), digits_task)
+    artifact = export_onnx(model, torch.zeros(1, 1, 8, 8), tmp_path / "model.onnx", "any")
+    weights = sum(model.get_submodule(name).weight.numel() for name in LAYERS)  # type: ignore[union-attr,operator]
+    assert weights / 2 < artifact.size_bytes < weights / 2 + 5000
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
