@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -238,7 +238,7 @@ class _FrozenBackbone(nn.Module):
         super().__init__()
         self.model = model
 
-    def train(self, mode: bool = True) -> nn.Module:
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         self.model.eval()
         _exits(self.model).train(mode)
