@@ -1,7 +1,34 @@
-"""Operators that change a model: pruning, quantization, fine-tuning with distillation."""
+"""Operators that change a model, and what they are built from."""
 
+from .blocks import DropBlocks
+from .exits import EarlyExit, ExitThreshold
 from .finetune import Finetune
-from .pruning import Prune
+from .gating import GateChannels, SkipBlocks
+from .lottery import LotteryTicket
+from .lowrank import LowRank
+from .pruning import Prune, iterative
+from .qat import Qat
 from .quantization import Quantize
+from .sharing import Cluster, TuneCodebook
+from .sparse_training import GradualPrune, RigL
+from .sparsity import Sparsify
 
-__all__ = ["Finetune", "Prune", "Quantize"]
+__all__ = [
+    "Cluster",
+    "DropBlocks",
+    "EarlyExit",
+    "ExitThreshold",
+    "Finetune",
+    "GateChannels",
+    "GradualPrune",
+    "LotteryTicket",
+    "LowRank",
+    "Prune",
+    "Qat",
+    "Quantize",
+    "RigL",
+    "SkipBlocks",
+    "Sparsify",
+    "TuneCodebook",
+    "iterative",
+]

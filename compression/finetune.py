@@ -15,6 +15,7 @@ from ..core.types import Task
 from ..tasks.data import example_input
 from .distillation import ORIGINAL, Distillation, Teachers, check_teacher, make_teachers, remember
 from .hints import HINTS, Hint
+from .rounding import trainable_rounding
 from .training import Schedule, fit
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -179,7 +180,7 @@ class TrainingStep:
             return remember(model)
         for parameter in model.parameters():
             parameter.requires_grad_(True)
-        with self.teaching(model, task) as teaching:
+        with trainable_rounding(model), self.teaching(model, task) as teaching:
             model = fit(model, task.data, schedule, seed=self.seed, teaching=teaching, after_step=after_step)
         return remember(model)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +103,30 @@ def find_layers(model: nn.Module, example: Tensor) -> tuple[Layer, ...]:
             )
         )
     return tuple(found)
+
+
+def by_layer(values: Mapping[str, Any], layers: tuple[Layer, ...], operator: str) -> dict[str, Any]:
+    """The value of each layer that `values` names, by its own name or that of a module which it is part of.
+
+    So a setting for a layer also holds for the factors that it was split into before.
+
+    Raises:
+        CandidateError: a name that no layer has.
+    """
+    found: dict[str, Any] = {}
+    used = set()
+    for layer in layers:
+        path = layer.name
+        while path and path not in values:
+            path = path.rpartition(".")[0]
+        if path:
+            found[layer.name] = values[path]
+            used.add(path)
+    strange = sorted(set(values) - used)
+    if strange:
+        names = ", ".join(layer.name for layer in layers)
+        raise CandidateError(f"{operator}: no layer called {', '.join(strange)}; layers: {names}")
+    return found
 
 
 def fold_batchnorm(model: nn.Module, layers: tuple[Layer, ...]) -> nn.Module:

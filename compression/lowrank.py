@@ -63,8 +63,8 @@ class LowRank:
     are cut where the singular values of every unfolding hold the same share of energy.
 
     A layer that would not get fewer weights and fewer MACs stays whole, as do grouped convolutions and layers that
-    can't be exchanged (another module reads their weights); a note says so. A layer that a map names must be
-    factored: there the same is an error.
+    can't be exchanged (another module reads their weights); a note says so. It is an error where that leaves no
+    layer to factor.
 
     Attributes:
         ratio: share of a layer's cost that may stay, 0 < ratio <= 1, for all layers or by layer name: it gets the
@@ -113,7 +113,7 @@ class LowRank:
                 raise InputError(f"LowRank: {name} must be at least {low}, not {getattr(self, name)}")
 
     def __call__(self, model: nn.Module, task: Task) -> nn.Module:
-        """Return the factored model; raises CandidateError where nothing, or not a named layer, can be factored."""
+        """Return the factored model; raises CandidateError where nothing can be factored."""
         factors = self._factors(model, self._choose(model, task))
         self._exchange(model, factors, example_input(task.data))
         return model.eval()
@@ -247,9 +247,7 @@ class LowRank:
                 self._refuse(name, f"the model does not run with its factors: {came}")
 
     def _refuse(self, name: str, reason: str) -> None:
-        """Leave a layer whole with a note, or fail the candidate where a map names it."""
-        if isinstance(self.ratio, Mapping):
-            raise CandidateError(f"LowRank: {name} can't be factored: {reason}")
+        """Leave a layer whole with a note, and say why."""
         note(f"LowRank: {name}: {reason}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +26,7 @@ from .channels import (
     members,
 )
 from .finetune import Finetune
-from .graph import find_layers
+from .graph import by_layer, find_layers
 from .importance import IMPORTANCES, calibration, root_name, score_groups, score_heads
 from .masks import drop_masks, masked_modules, set_mask
 
@@ -106,9 +106,8 @@ class Prune:
         """Return the narrower model; raises CandidateError where nothing can be cut."""
         example = example_input(task.data)
         layers = find_layers(model, example)
-        strange = sorted(set(self.ratio) - {layer.name for layer in layers}) if isinstance(self.ratio, Mapping) else []
-        if strange:
-            raise CandidateError(f"Prune: no layer called {', '.join(strange)}")
+        if isinstance(self.ratio, Mapping) and (named := by_layer(self.ratio, layers, "Prune")) != dict(self.ratio):
+            return replace(self, ratio=named)(model, task)
         masked = list(masked_modules(model))
         drop_masks(model)
         inputs = next(calibration(task, 2, 0))[0]
@@ -268,8 +267,6 @@ def iterative(
         raise InputError(f"iterative: schedule must be one of {', '.join(SCHEDULES)}, not '{schedule}'")
     if "base" in settings:
         raise InputError("iterative: base is always 'first'")
-    from dataclasses import replace
-
     heads = settings.pop("heads", 0.0)
     plan: list[Any] = []
     for turn in range(1, rounds + 1):

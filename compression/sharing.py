@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from ..core.registry import operator
 from ..core.types import Task
 from ..tasks.data import example_input
 from .finetune import TrainingStep
-from .graph import find_layers
+from .graph import by_layer, find_layers
 from .masks import drop_masks, masks, set_mask
 
 INITS = ("linear", "density", "kmeans++")
@@ -75,11 +76,11 @@ class Cluster:
     def __call__(self, model: nn.Module, task: Task) -> nn.Module:
         """Return the model with shared weights; raises CandidateError for a layer that is not there."""
         modules = dict(model.named_modules())
-        names = [layer.name for layer in find_layers(model, example_input(task.data))]
-        chosen = self.clusters if isinstance(self.clusters, Mapping) else dict.fromkeys(names, self.clusters)
-        strange = sorted(set(chosen) - set(names))
-        if strange:
-            raise CandidateError(f"Cluster: no layer called {', '.join(strange)}; layers: {', '.join(names)}")
+        layers = find_layers(model, example_input(task.data))
+        everywhere = {layer.name: self.clusters for layer in layers}
+        chosen: dict[str, Any] = (
+            by_layer(self.clusters, layers, "Cluster") if isinstance(self.clusters, Mapping) else everywhere
+        )
         for name, number in chosen.items():
             module = modules[name]
             if parametrize.is_parametrized(module, "weight"):

@@ -21,7 +21,7 @@ from ..core.notes import note
 from ..core.registry import operator
 from ..core.types import Task
 from ..tasks.data import example_input, normalise
-from .graph import find_layers
+from .graph import by_layer, find_layers
 from .masks import MASK, set_mask, trained_weight
 
 CRITERIA = ("magnitude", "taylor", "snip", "random")
@@ -222,13 +222,11 @@ def chosen_layers(model: nn.Module, task: Task, sparsity: Shares, pattern: Patte
     Raises:
         CandidateError: an unknown layer is named, or no layer is left.
     """
-    names = [layer.name for layer in find_layers(model, example_input(task.data))]
+    layers = find_layers(model, example_input(task.data))
+    names = [layer.name for layer in layers]
     modules = {name: model.get_submodule(name) for name in names}
     if isinstance(sparsity, Mapping):
-        strange = sorted(set(sparsity) - set(names))
-        if strange:
-            raise CandidateError(f"{owner}: no layer called {', '.join(strange)}; layers: {', '.join(names)}")
-        shares = {name: float(sparsity[name]) for name in names if sparsity.get(name)}
+        shares = {name: float(share) for name, share in by_layer(sparsity, layers, owner).items() if share}
         if not shares:
             return {}
     else:

@@ -82,7 +82,7 @@ def expected_again(
     """
     if "latency" not in known:
         return {}
-    count = sum(1 for name in known if name.startswith("exit") and name.endswith("_rate"))
+    count = sum(is_exit_rate(name) for name in known)
     if not count:
         return {"expected_latency": dataclasses.replace(known["latency"], name="expected_latency")}
     steps = []
@@ -91,6 +91,11 @@ def expected_again(
         steps.append(next(m for m in backend.measure(cut, task, reference) if m.name == "latency"))
     rates = [known[f"exit{number + 1}_rate"] for number in range(count)]
     return {"expected_latency": mix_latency([*steps, known["latency"]], rates)}
+
+
+def is_exit_rate(name: str) -> bool:
+    """Whether a figure is the share of inputs that leaves at an exit."""
+    return name.startswith("exit") and name.endswith("_rate")
 
 
 def mix_latency(latencies: Sequence[Measurement], rates: Sequence[Measurement]) -> Measurement:

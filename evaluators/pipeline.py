@@ -27,6 +27,7 @@ from ..core.types import (
     State,
     Task,
 )
+from .adaptive import adapts, expected_again, expected_measurements, is_exit_rate
 from .objectives import Built, Constraint, Objective, alongside
 
 if TYPE_CHECKING:
@@ -94,6 +95,9 @@ class Evaluator:
         if self._asks_for("compressed_size"):
             found["compressed_size"] = compressed_size(model)
         self._measure(artifact, candidate.plan, found)
+        if adapts(model) or self._asks_for("expected_latency") or self._asks_for("expected_macs"):
+            reference = self._reference(candidate.plan)
+            found.update(expected_measurements(model, self.task, self.backend, artifact, found, reference))
         reason = self._violated(found)
         state = State.INFEASIBLE if reason else State.COMPLETE
         return Evaluation(candidate, state, found, reason, self._violations(found), artifact)
@@ -112,19 +116,25 @@ class Evaluator:
             found = {
                 name: m
                 for name, m in known.items()
-                if name in ("parameters", "macs", "size", "compressed_size", "parity")
+                if name in ("parameters", "macs", "size", "compressed_size", "parity", "expected_macs")
+                or is_exit_rate(name)
             }
             found |= self.accuracy(artifact, plan, split)
             self._measure(artifact, plan, found)
+            if "expected_latency" in known:
+                found |= expected_again(self.task, self.backend, artifact, found, self._reference(plan))
         return found
 
     def _measure(self, artifact: Artifact, plan: Plan, found: dict[str, Measurement]) -> None:
         """Add the target's figures, then those of the objectives that people brought along."""
-        reference = self.baseline.artifact if self.baseline and plan else None
-        found.update({m.name: m for m in self.backend.measure(artifact, self.task, reference)})
+        found.update({m.name: m for m in self.backend.measure(artifact, self.task, self._reference(plan))})
         for objective in self.objectives:
             if objective.function is not None:
                 found[objective.name] = objective.function(Built(self.task, artifact, self.backend, found))
+
+    def _reference(self, plan: Plan) -> Artifact | None:
+        """The untouched model's file, to be measured in turns with any other."""
+        return self.baseline.artifact if self.baseline and plan else None
 
     def accuracy(self, artifact: Artifact, plan: Plan, split: str) -> dict[str, Measurement]:
         """Accuracy, loss and calibration error of the file on `split`, as the target's runtime computes them."""

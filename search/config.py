@@ -38,6 +38,7 @@ class SearchConfig(BaseModel):
         constraints: such as "latency<=50%", "accuracy>=-1pt", "size<=200kB".
         space: "auto", "prune", "quantize" or "module.path:callable" (a function of the trial).
         bits: bit-widths on offer in stock spaces; [] for all that the target runs.
+        sensitivity: whether stock spaces are narrowed by what each layer minds (see `analysis.sensitivity`).
         finetune_steps: training steps after a cut, in stock spaces and in the pruning baseline; none for an
             epoch, or less for big models (about a minute on one CPU core, a few where convolutions are depthwise).
         trials: candidates to evaluate, baselines included.
@@ -60,6 +61,7 @@ class SearchConfig(BaseModel):
     constraints: list[str] = []
     space: str = "auto"
     granularity: Literal["stage", "layer"] = "stage"
+    sensitivity: bool = False
     bits: list[int] = []
     finetune_steps: int | None = Field(None, ge=0)
     sampler: str = "tpe"

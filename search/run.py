@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..compression.analysis import sensitivity
 from ..compression.graph import find_layers
 from ..core.codec import check_plan, decode_plan, encode_measurements, plan_key
 from ..core.errors import AutocompressError, CandidateError, InputError, MissingDependencyError
@@ -256,12 +257,14 @@ def make_space(config: SearchConfig, task: Task, backend: Backend) -> Space:
 
         return import_object(config.space, kind="space")
     make = SPACES.get(config.space, "Own space: module.path:callable.")
+    table = sensitivity(task) if config.sensitivity else ()
     return make(
         task,
         backend.capabilities,
         granularity=config.granularity,
         bits=tuple(config.bits),
         finetune_steps=config.finetune_steps,
+        sensitivity=table,
         seed=config.seed,
     )
 

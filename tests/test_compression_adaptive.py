@@ -20,17 +20,17 @@ from autocompress.compression.exits import (
     all_logits,
     exit_accuracies,
     exit_count,
-    exit_places,
     exit_rates,
     exit_taken,
     exits_of,
     prefix,
 )
 from autocompress.compression.graph import find_layers
+from autocompress.compression.places import exit_places
 from autocompress.compression.training import accuracy
 from autocompress.core.codec import decode_plan, encode_plan
 from autocompress.core.errors import CandidateError
-from autocompress.core.types import Measurement, Method, Provenance
+from autocompress.core.types import Candidate, Measurement, Method, Provenance, State
 from autocompress.evaluators.adaptive import (
     adapts,
     expected_again,
@@ -39,6 +39,8 @@ from autocompress.evaluators.adaptive import (
     macs_per_input,
     mix_latency,
 )
+from autocompress.evaluators.objectives import parse_constraint, parse_objectives
+from autocompress.evaluators.pipeline import Evaluator
 from autocompress.hardware.x86 import CpuBackend
 from autocompress.tasks.data import example_input, normalise
 from autocompress.tasks.models import CifarResNet
@@ -298,6 +300,25 @@ def test_the_files_that_end_at_an_exit_are_built_measured_and_found_again(
         expected_again(digits_task, backend, artifact, {**known, **found})
     plain = expected_again(digits_task, backend, artifact, known)
     assert plain["expected_latency"].value == known["latency"].value
+
+
+def test_a_search_can_limit_the_expected_latency(digits_task: Task, tmp_path: Path) -> None:
+    backend = CpuBackend("onnxruntime", repeats=5, budget=0.02, attempts=1)
+    objectives = parse_objectives(("accuracy", "expected_latency", "expected_macs"), backend)
+    evaluator = Evaluator(digits_task, backend, objectives, (parse_constraint("expected_macs<=50%"),), tmp_path)
+    untouched = evaluator(Candidate(()))
+    assert untouched.measurements["expected_latency"].value == untouched.measurements["latency"].value
+    assert untouched.measurements["expected_macs"].value == untouched.measurements["macs"].value
+    evaluator = dataclasses.replace(evaluator, baseline=untouched)
+    steps = EarlyExit(exits=("bn1",), steps=0)
+    early, late = (evaluator(Candidate((steps, ExitThreshold(threshold)))) for threshold in (0.0, 1.1))
+    assert (early.state, late.state) == (State.COMPLETE, State.INFEASIBLE)
+    assert early.measurements["expected_latency"].provenance.method is Method.PREDICTED
+    assert early.measurements["exit1_rate"].value == 1.0
+    assert late.reason.startswith("expected_macs<=50%")
+    assert early.artifact is not None
+    again = evaluator.again(early.artifact, early.candidate.plan, early.measurements, "test")
+    assert set(again) == set(early.measurements)
 
 
 def test_plans_with_exits_are_stored_and_read_back() -> None:

@@ -22,6 +22,20 @@ _NAMES = {
     "Prune": "compression.pruning",
     "Quantize": "compression.quantization",
     "Finetune": "compression.finetune",
+    "DropBlocks": "compression.blocks",
+    "EarlyExit": "compression.exits",
+    "ExitThreshold": "compression.exits",
+    "GateChannels": "compression.gating",
+    "SkipBlocks": "compression.gating",
+    "LotteryTicket": "compression.lottery",
+    "LowRank": "compression.lowrank",
+    "iterative": "compression.pruning",
+    "Qat": "compression.qat",
+    "Cluster": "compression.sharing",
+    "TuneCodebook": "compression.sharing",
+    "GradualPrune": "compression.sparse_training",
+    "RigL": "compression.sparse_training",
+    "Sparsify": "compression.sparsity",
     "Data": "core.types",
     "Split": "core.types",
     "Task": "core.types",
@@ -40,9 +54,23 @@ _NAMES = {
 __all__ = [*_NAMES]
 
 if TYPE_CHECKING:
+    from .compression.blocks import DropBlocks as DropBlocks
+    from .compression.exits import EarlyExit as EarlyExit
+    from .compression.exits import ExitThreshold as ExitThreshold
     from .compression.finetune import Finetune as Finetune
+    from .compression.gating import GateChannels as GateChannels
+    from .compression.gating import SkipBlocks as SkipBlocks
+    from .compression.lottery import LotteryTicket as LotteryTicket
+    from .compression.lowrank import LowRank as LowRank
     from .compression.pruning import Prune as Prune
+    from .compression.pruning import iterative as iterative
+    from .compression.qat import Qat as Qat
     from .compression.quantization import Quantize as Quantize
+    from .compression.sharing import Cluster as Cluster
+    from .compression.sharing import TuneCodebook as TuneCodebook
+    from .compression.sparse_training import GradualPrune as GradualPrune
+    from .compression.sparse_training import RigL as RigL
+    from .compression.sparsity import Sparsify as Sparsify
     from .core.errors import AutocompressError as AutocompressError
     from .core.errors import InputError as InputError
     from .core.types import Candidate as Candidate

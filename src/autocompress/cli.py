@@ -41,7 +41,9 @@ class Format(StrEnum):
 def search(
     model: Annotated[
         str | None,
-        typer.Option(help="digits-cnn, resnet20, resnet56, torchvision:NAME, timm:NAME or module.path:callable."),
+        typer.Option(
+            help="digits-cnn, resnet20, resnet56, text-transformer, torchvision:NAME, timm:NAME or module.path:callable."
+        ),
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="digits, cifar10[:PATH], imagefolder:PATH or module.path:callable.")
@@ -59,9 +61,16 @@ def search(
     constraints: Annotated[
         list[str] | None, typer.Option(help="Such as 'latency<=50%' 'accuracy>=-1pt' 'size<=200kB'.")
     ] = None,
-    space: Annotated[str | None, typer.Option(help="auto, prune, quantize or module.path:callable.")] = None,
+    space: Annotated[
+        str | None,
+        typer.Option(help="auto, prune, quantize, lowrank, sparse, share, qat, joint or module.path:callable."),
+    ] = None,
     granularity: Annotated[
         str | None, typer.Option(help="stage or layer: what shares one choice in a stock space.")
+    ] = None,
+    sensitivity: Annotated[
+        bool | None,
+        typer.Option(help="Try each layer first; narrow the ranges by what it minds, and start from what is harmless."),
     ] = None,
     bits: Annotated[list[int] | None, typer.Option(help="Bit-widths on offer; below 8 is simulated.")] = None,
     finetune_steps: Annotated[
@@ -89,7 +98,7 @@ def search(
     given = {
         "model": model, "data": data, "weights": weights, "image_size": image_size, "target": target,
         "threads": threads, "objectives": objectives, "constraints": constraints, "space": space,
-        "granularity": granularity, "bits": bits, "finetune_steps": finetune_steps, "sampler": sampler,
+        "granularity": granularity, "sensitivity": sensitivity, "bits": bits, "finetune_steps": finetune_steps, "sampler": sampler,
         "trials": trials, "time": time, "trial_timeout": trial_timeout, "workers": workers, "executor": executor,
         "address": address, "seed": seed, "storage": storage, "study": study, "out": out,
     }  # fmt: skip
@@ -139,6 +148,42 @@ def front(
             Format.MARKDOWN: report.front_as_markdown,
         }
         typer.echo(made[format](study).rstrip("\n"))
+
+
+@app.command()
+def analyze(
+    model: Annotated[str, typer.Argument(help="A name as for `search --model`.")],
+    data: Annotated[str, typer.Option(help="As for `search --data`.")] = "digits",
+    weights: Annotated[str | None, typer.Option(help="Trained weights: safetensors or a state dict.")] = None,
+    image_size: Annotated[int, typer.Option(help="Pixels, for image folders; 0: the model's own size.")] = 0,
+    images: Annotated[int, typer.Option(help="Inputs of the search split that each change is tried on.")] = 512,
+    rounding: Annotated[int, typer.Option(help="Bit-width of the error histograms.")] = 4,
+    out: Annotated[Path | None, typer.Option(help="Folder for analysis.html and analysis.json.")] = None,
+) -> None:
+    """Show each layer's costs, and how much it minds being pruned or rounded."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .search.console import prepare
+
+    prepare()
+    from .compression.analysis import profile_layers, rounding_errors, sensitivity
+    from .studies.analysis_report import profile_table, write_analysis
+    from .tasks.models import load_task
+
+    if images < 1:
+        raise InputError(f"--images must be at least 1, not {images}")
+    if not 2 <= rounding <= 8:
+        raise InputError(f"--rounding must lie in 2..8, not {rounding}")
+    task = load_task(model, data, weights, image_size)
+    profile = profile_layers(task)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("Changing one layer at a time", total=len(profile))
+        table = sensitivity(task, images=images, on_layer=lambda done, total: progress.update(bar, completed=done))
+    Console().print(profile_table(profile, table))
+    if out is not None:
+        for path in write_analysis(out, task.name, profile, table, rounding_errors(task, rounding)):
+            typer.echo(path)
 
 
 @app.command()
