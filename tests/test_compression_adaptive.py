@@ -302,6 +302,7 @@ def test_the_files_that_end_at_an_exit_are_built_measured_and_found_again(
     assert plain["expected_latency"].value == known["latency"].value
 
 
+@pytest.mark.slow
 def test_a_search_can_limit_the_expected_latency(digits_task: Task, tmp_path: Path) -> None:
     backend = CpuBackend("onnxruntime", repeats=5, budget=0.02, attempts=1)
     objectives = parse_objectives(("accuracy", "expected_latency", "expected_macs"), backend)
