@@ -342,6 +342,8 @@ class _Cleaner:
 
 def _remove(artifact: Artifact) -> None:
     artifact.path.unlink(missing_ok=True)
+    for cut in artifact.path.parent.glob("exit*/"):  # the files that end at an early exit
+        shutil.rmtree(cut, ignore_errors=True)
     with suppress(OSError):
         artifact.path.parent.rmdir()
 
