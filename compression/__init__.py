@@ -2,6 +2,7 @@
 
 from .blocks import DropBlocks
 from .exits import EarlyExit, ExitThreshold
+from .experts import SplitExperts
 from .finetune import Finetune
 from .gating import GateChannels, SkipBlocks
 from .lottery import LotteryTicket
@@ -29,6 +30,7 @@ __all__ = [
     "RigL",
     "SkipBlocks",
     "Sparsify",
+    "SplitExperts",
     "TuneCodebook",
     "iterative",
 ]

@@ -26,9 +26,15 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
-@pytest.mark.parametrize("code", snippets("python"), ids=["run", "space"])
+@pytest.mark.parametrize("code", snippets("python"), ids=["plan", "run", "space"])
 def test_python_snippet_runs(code: str, tmp_path: Path) -> None:
     run([sys.executable, "-c", code], tmp_path)
+
+
+def test_command_snippet_of_the_analysis_runs(tmp_path: Path) -> None:
+    (block,) = (block for block in snippets("bash") if "analyze" in block)
+    run(shlex.split(block.strip()), tmp_path)
+    assert (tmp_path / "runs" / "analysis" / "analysis.html").is_file()
 
 
 def test_command_snippet_of_your_own_model_runs(tmp_path: Path) -> None:

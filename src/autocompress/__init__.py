@@ -32,6 +32,10 @@ _NAMES = {
     "iterative": "compression.pruning",
     "Qat": "compression.qat",
     "Cluster": "compression.sharing",
+    "SplitExperts": "compression.experts",
+    "save_compressed": "compression.coding",
+    "load_compressed": "compression.coding",
+    "load_into": "compression.coding",
     "TuneCodebook": "compression.sharing",
     "GradualPrune": "compression.sparse_training",
     "RigL": "compression.sparse_training",
@@ -55,8 +59,12 @@ __all__ = [*_NAMES]
 
 if TYPE_CHECKING:
     from .compression.blocks import DropBlocks as DropBlocks
+    from .compression.coding import load_compressed as load_compressed
+    from .compression.coding import load_into as load_into
+    from .compression.coding import save_compressed as save_compressed
     from .compression.exits import EarlyExit as EarlyExit
     from .compression.exits import ExitThreshold as ExitThreshold
+    from .compression.experts import SplitExperts as SplitExperts
     from .compression.finetune import Finetune as Finetune
     from .compression.gating import GateChannels as GateChannels
     from .compression.gating import SkipBlocks as SkipBlocks
