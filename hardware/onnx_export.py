@@ -44,9 +44,10 @@ def export_onnx(
     plain = without_rounding(model)
     if not quantization:
         fold_batchnorm(plain, find_layers(plain, example))
-    proto = _export_float(plain, example, 21 if any(map(needs_opset_21, quantization.values())) else None)
+    opset = 21 if any(map(needs_opset_21, quantization.values())) else None
+    proto = _export_float(plain, example, opset)
     _name_weights(proto, plain)
-    _insert_qdq(proto, quantization, plain, clip_last)
+    _insert_qdq(proto, quantization, plain, clip_last, opset == 21 and runtime.endswith("onnxruntime"))
     path.parent.mkdir(parents=True, exist_ok=True)
     content = proto.SerializeToString()
     path.write_bytes(content)
@@ -94,7 +95,11 @@ def _strip(proto: onnx.ModelProto) -> None:
 
 
 def _insert_qdq(
-    proto: onnx.ModelProto, quantization: dict[str, LayerQuantization], model: nn.Module, clip_last: bool
+    proto: onnx.ModelProto,
+    quantization: dict[str, LayerQuantization],
+    model: nn.Module,
+    clip_last: bool,
+    unsigned: bool,
 ) -> None:
     graph = proto.graph
     initializers = {entry.name: entry for entry in graph.initializer}
@@ -115,7 +120,14 @@ def _insert_qdq(
             graph.initializer.remove(initializers.pop(stored))
         kernel = entry.weight is not None and has_integer_kernel(entry)
         if entry.input is not None:
-            node.input[0] = write_rounding(writer, entry.input, node.input[0], clip_last=clip_last, kernel=kernel)
+            node.input[0] = write_rounding(
+                writer,
+                entry.input,
+                node.input[0],
+                clip_last=clip_last,
+                kernel=kernel,
+                unsigned=unsigned and node.op_type == "MatMul",
+            )
         at = order.index(node)
         order[at:at] = writer.nodes
         if entry.output is not None:

@@ -12,6 +12,8 @@ What is written was chosen by what ONNX Runtime 1.31 and OpenVINO 2026.4 do with
   input is therefore brought back by Cast, Sub and Mul.
 * ONNX Runtime takes QuantizeLinear to 8-bit floating point for the beginning of an integer kernel, or moves it over
   nodes that it has no such kernels for, and then refuses the file: inputs are rounded by Cast alone.
+* From opset 21 on, ONNX Runtime notes down the type of a QuantizeLinear before a MatMul that it makes a Gemm of, then
+  makes signed values unsigned, and refuses its own node: for it, these values are unsigned in the first place.
 """
 
 from __future__ import annotations
@@ -177,12 +179,15 @@ def _write_codebook(writer: Writer, grid: Codebook, weight: torch.Tensor, name: 
     return writer.add("Transpose", back, perm=[1, 0]) if transposed else back
 
 
-def write_rounding(writer: Writer, grid: Grid, source: str, *, clip_last: bool, kernel: bool) -> str:
+def write_rounding(
+    writer: Writer, grid: Grid, source: str, *, clip_last: bool, kernel: bool, unsigned: bool = False
+) -> str:
     """Add the nodes that round tensor `source` to `grid`; below 8 bits a Clip keeps to the narrower grid.
 
     Args:
         clip_last: whether that Clip comes after the rounding to 8 bits, not before.
         kernel: whether an integer kernel may compute what follows.
+        unsigned: whether signed values are stored as unsigned ones.
     """
     if isinstance(grid, DynamicGrid):
         writer.add("DynamicQuantizeLinear", source, outputs=3)
@@ -200,13 +205,15 @@ def write_rounding(writer: Writer, grid: Grid, source: str, *, clip_last: bool, 
         limits = [np.asarray(np.float32(end - grid.zero_point) * scale, np.float32) for end in (grid.low, grid.high)]
         ends = [writer.store(limit) for limit in limits]
         source = source if clip_last else writer.add("Clip", source, *ends)
-    stored = [writer.store(scale), writer.store(np.asarray(grid.zero_point, np.int8 if grid.low < 0 else np.uint8))]
+    signed, zero = grid.low < 0 and not unsigned, grid.zero_point
+    zero += 128 if grid.low < 0 and unsigned else 0
+    stored = [writer.store(scale), writer.store(np.asarray(zero, np.int8 if signed else np.uint8))]
     back = writer.add("QuantizeLinear", source, *stored)
     if kernel:
         back = writer.add("DequantizeLinear", back, *stored)
     else:
         back = writer.add("Cast", back, to=TensorProto.FLOAT)
-        if grid.zero_point:
-            back = writer.add("Sub", back, writer.store(np.asarray(grid.zero_point, np.float32)))
+        if zero:
+            back = writer.add("Sub", back, writer.store(np.asarray(zero, np.float32)))
         back = writer.add("Mul", back, stored[0])
     return writer.add("Clip", back, *ends) if narrow and clip_last else back
