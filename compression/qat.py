@@ -34,6 +34,7 @@ class Qat(TrainingStep):
     trained is what is deployed. Masked weights stay zero.
 
     Attributes:
+        lr: peak learning rate; the default suits 4 bits and more, 0.001 to 0.003 suit fewer.
         bits, calibrator, symmetric, samples, outputs, activations, granularity, group_size, weight_symmetric,
             weight_calibrator, percentile: see `Quantize`; at least one layer must be rounded to 8 bits or fewer.
         learn_scales: whether scales are trained with the weights (LSQ, Esser et al. 2020, arXiv:1902.08153), or stay
@@ -46,7 +47,7 @@ class Qat(TrainingStep):
 
     # A folded network has no normalization left to catch large steps: SGD at 0.003 ruins ResNet-20.
     optimizer: str = "adamw"
-    lr: float = 1e-3
+    lr: float = 3e-4
     bits: Format | Mapping[str, Format] = 8
     calibrator: str = "mse"
     symmetric: bool = True

@@ -15,14 +15,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import CandidateError, InputError
+from ..core.errors import InputError
 from ..core.notes import note
 from ..core.registry import operator
 from ..core.types import Task
 from ..tasks.data import example_input
 from .calibration import CALIBRATORS, Observer, calibration_batches, make_observer, observe
 from .equalization import awq_scale, correct_biases, equalize, layer_inputs, output_means
-from .graph import Layer, find_layers, fold_batchnorm
+from .graph import Layer, by_layer, find_layers, fold_batchnorm
 from .grids import FORMATS, DynamicGrid, Format, Grid, bit_width, codebook, is_integer
 from .grids import activation_grid as activation_grid
 from .grids import weight_grid as weight_grid
@@ -220,18 +220,17 @@ class Quantize:
 
     def _chosen(self, layers: tuple[Layer, ...]) -> dict[str, tuple[Format, Format]]:
         """Formats of each layer's weights and inputs."""
-        names = [layer.name for layer in layers]
-        for setting in (self.bits, self.activations):
-            strange = sorted(set(setting) - set(names)) if isinstance(setting, Mapping) else []
-            if strange:
-                raise CandidateError(f"Quantize: no layer called {', '.join(strange)}; layers: {', '.join(names)}")
+        bits = by_layer(self.bits, layers, "Quantize") if isinstance(self.bits, Mapping) else self.bits
+        activations: Any = self.activations
+        if isinstance(activations, Mapping):
+            activations = by_layer(activations, layers, "Quantize")
         found: dict[str, tuple[Format, Format]] = {}
-        for name in names:
-            bits = self.bits.get(name, 32) if isinstance(self.bits, Mapping) else self.bits
-            given = self.activations.get(name) if isinstance(self.activations, Mapping) else self.activations
-            if isinstance(self.bits, Mapping) and name not in self.bits and not isinstance(self.activations, Mapping):
+        for layer in layers:
+            own = bits.get(layer.name, 32) if isinstance(bits, dict) else bits
+            given = activations.get(layer.name) if isinstance(activations, dict) else activations
+            if isinstance(bits, dict) and layer.name not in bits and not isinstance(activations, dict):
                 given = None
-            found[name] = (bits, self._usual_activation(bits) if given is None else given)
+            found[layer.name] = (own, self._usual_activation(own) if given is None else given)
         return found
 
     def _usual_activation(self, bits: Format) -> Format:

@@ -274,7 +274,7 @@ def test_a_model_callable_that_raises_is_refused(cli: Cli) -> None:
 
 
 def test_a_model_that_can_not_take_the_images_is_refused(cli: Cli) -> None:
-    assert "can't take images of 1x8x8" in cli.refuses_search("--model", "torchvision:mobilenet_v3_small")
+    assert "can't take inputs of 1x8x8" in cli.refuses_search("--model", "torchvision:mobilenet_v3_small")
 
 
 def test_resume_needs_the_folder_of_a_run(cli: Cli) -> None:
