@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.notes import note
-from .graph import _export, _only_user, _op
+from .graph import _export, _only_user, _op, layer_calls
 from .grids import Grid
 
 # What a positive factor of a channel passes through unchanged.
@@ -33,12 +33,7 @@ def find_pairs(model: nn.Module, example: Tensor) -> list[Pair]:
     """
     graph, owners = _export(model, example)
     modules = dict(model.named_modules())
-    calls: dict[str, list[Any]] = {}
-    for node in graph.nodes:
-        if _op(node) in ("conv1d", "conv2d", "conv3d", "linear") and node.args[1] in owners:
-            path, _, parameter = owners[node.args[1]].rpartition(".")
-            if parameter == "weight" and isinstance(modules[path], (nn.Linear, nn.modules.conv._ConvNd)):
-                calls.setdefault(path, []).append(node)
+    calls = layer_calls(graph, owners, modules)
     single = {nodes[0]: path for path, nodes in calls.items() if len(nodes) == 1}
     pairs = []
     for node, path in single.items():

@@ -58,18 +58,7 @@ def find_layers(model: nn.Module, example: Tensor) -> tuple[Layer, ...]:
     """
     graph, owners = _export(model, example)
     modules = dict(model.named_modules())
-    calls: dict[str, list[Any]] = {}
-    for node in graph.nodes:
-        if _op(node) in ("conv1d", "conv2d", "conv3d", "linear") and node.args[1] in owners:
-            path, _, parameter = owners[node.args[1]].rpartition(".")
-            inside = next(reversed(node.meta["nn_module_stack"].values()))[0]
-            # A weight that another module borrows (as attention does) is not this module's own call.
-            if (
-                parameter == "weight"
-                and inside == path
-                and isinstance(modules[path], (nn.Linear, nn.modules.conv._ConvNd))
-            ):
-                calls.setdefault(path, []).append(node)
+    calls = layer_calls(graph, owners, modules)
     layer_nodes = {node for nodes in calls.values() for node in nodes}
     found = []
     for path, nodes in calls.items():
@@ -103,6 +92,23 @@ def find_layers(model: nn.Module, example: Tensor) -> tuple[Layer, ...]:
             )
         )
     return tuple(found)
+
+
+def layer_calls(graph: Any, owners: Mapping[Any, str], modules: Mapping[str, nn.Module]) -> dict[str, list[Any]]:
+    """The nodes of a traced graph in which each convolution or linear layer runs, by the layer's path."""
+    calls: dict[str, list[Any]] = {}
+    for node in graph.nodes:
+        if _op(node) in ("conv1d", "conv2d", "conv3d", "linear") and node.args[1] in owners:
+            path, _, parameter = owners[node.args[1]].rpartition(".")
+            inside = next(reversed(node.meta["nn_module_stack"].values()))[0]
+            # A weight that another module borrows (as attention does) is not this module's own call.
+            if (
+                parameter == "weight"
+                and inside == path
+                and isinstance(modules[path], (nn.Linear, nn.modules.conv._ConvNd))
+            ):
+                calls.setdefault(path, []).append(node)
+    return calls
 
 
 def by_layer(values: Mapping[str, Any], layers: tuple[Layer, ...], operator: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ..core.types import (
     Artifact,
     Backend,
     Candidate,
+    Capabilities,
     Evaluation,
     Measurement,
     Method,
@@ -150,7 +151,7 @@ class Evaluator:
             self.backend.predict(artifact, normalise(self.task.data, part.inputs[start : start + 1024]))
             for start in range(0, len(part), 1024)
         ]
-        method = Method.SIMULATED if lowest_bits(plan) < min(self.backend.capabilities.bits) else Method.MEASURED
+        method = Method.SIMULATED if lacks_kernels(plan, self.backend.capabilities) else Method.MEASURED
         return score(np.concatenate(pieces), part.labels, provenance(self.backend.name, method=method))
 
     def _cached(self, model: nn.Module, prefix: Plan) -> nn.Module:
@@ -281,6 +282,29 @@ def prepared(step: Operator, model: nn.Module, task: Task) -> nn.Module:
 def lowest_bits(plan: Plan) -> float:
     """The smallest bit-width that a plan gives to any layer's weights or inputs; 32 for plans that do not quantize."""
     return min(_widths(plan, "bits") + _widths(plan, "activations"))
+
+
+def lacks_kernels(plan: Plan, capabilities: Capabilities) -> bool:
+    """Whether the file only imitates the plan's arithmetic, as the target has no kernels for it.
+
+    So it is below the target's smallest width, with 8-bit floats, and where rounded inputs meet weights that come in
+    groups or from a codebook, or are rounded by each batch's own range: the runtimes compute these in floating point.
+    """
+    if lowest_bits(plan) < min(capabilities.bits):
+        return True
+    for step in plan:
+        formats = getattr(step, "bits", None)
+        named = list(formats.values()) if isinstance(formats, Mapping) else [formats]
+        inputs = getattr(step, "activations", None)
+        if any(str(name).startswith("fp8") for name in named) or inputs == "dynamic":
+            return True
+        # Without a setting, inputs are rounded like the weights, but not where these come from a codebook.
+        codebook, grouped = getattr(step, "scheme", "") == "codebook", getattr(step, "granularity", "") == "group"
+        if inputs is None and grouped and not codebook and not getattr(step, "awq", False):
+            return True
+        if (codebook or grouped) and min(_widths((step,), "activations")) < 32:
+            return True
+    return False
 
 
 def _widths(plan: Plan, field: str) -> list[float]:

@@ -161,6 +161,8 @@ class StockSpace:
                 bits=widths,
                 calibrator=calibrator,
                 outputs=self.outputs,
+                # What few bits break takes larger steps to mend (see `Qat.lr`).
+                lr=1e-3 if min(bits.values()) <= 3 else Qat.lr,
                 steps=settings.steps,
                 batch_size=settings.batch_size,
                 seed=settings.seed,

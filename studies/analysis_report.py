@@ -32,7 +32,7 @@ def profile_table(profile: Sequence[LayerProfile], table: Sequence[Sensitivity])
         shown.add_column(f"prune {amount:.0%}" if change == "prune" else f"{amount:g} bits", justify="right")
     harm = {(entry.layer, entry.change, entry.amount): entry for entry in table}
     for layer in profile:
-        cells = [layer.name, f"{layer.parameters:,}", f"{layer.macs:,}", f"{layer.activation_bytes / 1e3:.1f} kB"]
+        cells = [layer.name, f"{layer.parameters:,}", f"{layer.macs:,}", f"{layer.activation_bytes:,} B"]
         cells += [f"{layer.share:.1%}", f"{layer.zeros:.0%}"]
         for change, amount in changes:
             entry = harm.get((layer.name, change, amount))
@@ -43,7 +43,8 @@ def profile_table(profile: Sequence[LayerProfile], table: Sequence[Sensitivity])
     shown.add_row("all", f"{total[0]:,}", f"{total[1]:,}", "", *rest, style="bold")
     shown.caption = (
         "time: share of the model's own in PyTorch on this CPU, one input. Last columns: divergence of the answers "
-        "(nats) when this layer alone is changed, without training; – could not be tried."
+        "(nats) when this layer alone is changed, without training; channels that a shortcut ties to those of other "
+        "layers go there too; – could not be tried."
     )
     return shown
 

@@ -17,7 +17,7 @@ from autocompress.core.errors import CandidateError
 from autocompress.core.types import Backend, Method, Provenance, State
 from autocompress.evaluators.metrics import parity_error, score
 from autocompress.evaluators.objectives import check_constraints, parse_constraint
-from autocompress.evaluators.pipeline import Evaluator, baseline_plans, cheap_figures, lowest_bits
+from autocompress.evaluators.pipeline import Evaluator, baseline_plans, cheap_figures, lacks_kernels, lowest_bits
 from autocompress.hardware.statistics import mean_interval, median_interval, share_interval
 from autocompress.search.run import make_backend
 from autocompress.studies.pareto import hypervolume, nondominated
@@ -334,6 +334,23 @@ def test_other_settings_of_the_training_are_trained_anew(make_evaluator: Make) -
     for seed in (1, 2):
         assert evaluator(Candidate((Prune(0.75), Finetune(1, seed=seed)))).state is State.COMPLETE
     assert len(trained(evaluator)) == 2
+
+
+@pytest.mark.parametrize(
+    ("step", "imitated"),
+    [
+        (Quantize(8), False),
+        (Quantize(4), True),
+        (Quantize("fp8"), True),
+        (Quantize("bf16"), False),
+        (Quantize(8, activations="dynamic"), True),
+        (Quantize(8, granularity="group"), True),
+        (Quantize(8, granularity="group", activations=32), False),
+    ],
+    ids=str,
+)
+def test_arithmetic_that_the_target_lacks_counts_as_imitated(step: Quantize, imitated: bool) -> None:
+    assert lacks_kernels((step,), make_backend("x86/onnxruntime").capabilities) is imitated
 
 
 def test_bits_that_no_kernel_runs_are_labelled_simulated(make_evaluator: Make) -> None:
