@@ -46,6 +46,8 @@ for _entry in (
     Objective("latency", "minimize", "s"),
     Objective("throughput", "maximize", "1/s"),
     Objective("memory", "minimize", "B"),
+    Objective("energy", "minimize", "J"),
+    Objective("power", "minimize", "W"),
     Objective("size", "minimize", "B"),
     Objective("compressed_size", "minimize", "B"),
     Objective("parameters", "minimize", "", cost="cheap"),
@@ -59,6 +61,8 @@ _SCALES = {
     "s": {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6},
     "B": {"": 1.0, "B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
     "1/s": {"": 1.0, "/s": 1.0},
+    "J": {"": 1.0, "J": 1.0, "mJ": 1e-3, "uJ": 1e-6, "µJ": 1e-6},
+    "W": {"": 1.0, "W": 1.0, "mW": 1e-3},
     "": {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9},
 }
 _PATTERN = re.compile(r"^\s*([a-z_]+)\s*(<=|>=)\s*([+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)\s*([A-Za-zµ%/]*)\s*$")
@@ -119,7 +123,7 @@ def parse_objectives(names: Sequence[str], backend: Backend) -> tuple[Objective,
 
 def check_metric(name: str, backend: Backend) -> None:
     """Raise InputError where only a device gives this figure and `backend` does not."""
-    device_only = {"latency", "throughput", "memory"}
+    device_only = {"latency", "throughput", "memory", "energy", "power"}
     measured = name.removeprefix("expected_")
     if measured in device_only and measured not in backend.capabilities.metrics:
         raise InputError(f"target {backend.name} gives no {name}; it gives {', '.join(backend.capabilities.metrics)}")

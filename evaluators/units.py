@@ -13,6 +13,8 @@ def scale(name: str, unit: str, value: float) -> tuple[float, str]:
         return 100.0, "%"
     if unit == "s":
         return (1e3, "ms") if abs(value) >= 1e-3 else (1e6, "µs")
+    if unit == "J":
+        return (1e3, "mJ") if abs(value) >= 1e-3 else (1e6, "µJ")
     if unit == "B":
         return (1e-6, "MB") if abs(value) >= 1e6 else (1e-3, "kB")
     if unit == "" and abs(value) >= 1e6:

@@ -49,8 +49,10 @@ def usable_cores() -> list[int]:
     return sorted(os.sched_getaffinity(0))
 
 
-def provenance(runtime: str, threads: int = 0, method: Method = Method.MEASURED) -> Provenance:
+def provenance(
+    runtime: str, threads: int = 0, method: Method = Method.MEASURED, flags: tuple[str, ...] = ()
+) -> Provenance:
     """Where a figure taken here and now comes from; no threads are named where they do not change it."""
     taken_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     used = f", {threads} thread{'s' if threads > 1 else ''}" if threads else ""
-    return Provenance(method, cpu_name() + used, runtime, taken_at)
+    return Provenance(method, cpu_name() + used, runtime, taken_at, flags)

@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..core.registry import BACKENDS
-from . import tpu as _tpu  # noqa: F401  (registers its targets)
-from . import x86 as _x86  # noqa: F401  (registers its targets)
+from . import targets as _targets  # noqa: F401  (registers them)
 from .device import cpu_flags, cpu_name, has_bf16, has_int8_dot, usable_cores
 
 # Families that are planned, with what is known about getting them here.

@@ -60,13 +60,15 @@ class EdgeTpuBackend:
             (8,),
             ("latency",),
             "all",
-            (
+            notes=(
                 f"simulated: within a factor of {ERROR[1]:g} for 13 of 14 published networks",
                 "what a plan leaves in floating point is rounded to 8 bits",
                 "accuracy is that of ONNX Runtime on this machine",
                 f"energy: at most {watts:g} mJ for each ms, as the chip takes at most {watts:g} W",
             ),
             emulated=True,
+            fast=(8,),
+            fixed_shapes=True,
         )
 
     @property
@@ -115,8 +117,8 @@ class EdgeTpuBackend:
         """Latency of one file (and of the reference), computed from its operators.
 
         The interval spans the model's error on published networks; where a file is unlike these, there is none, and
-        the provenance says why. A file with layers in floating point gets the latency of its 8-bit equivalent, which
-        the provenance says too.
+        the flags say why. A file with layers in floating point gets the latency of its 8-bit equivalent, which
+        the flags say too.
         """
         found = [self._latency("latency", artifact)]
         if reference is not None:
@@ -126,15 +128,15 @@ class EdgeTpuBackend:
     def _latency(self, name: str, artifact: Artifact) -> Measurement:
         calls = read_operators(artifact.path)
         seconds = edge_tpu_latency(calls, self.chip)
-        doubts = [f"outside validation: {reason}" for reason in outside_validation(calls)]
-        interval = None if doubts else (ERROR[0] * seconds, ERROR[1] * seconds)
+        flags = [f"outside validation: {reason}" for reason in outside_validation(calls)]
+        interval = None if flags else (ERROR[0] * seconds, ERROR[1] * seconds)
         if any(not _is_int8(formats) for formats in artifact.bits.values()):
-            doubts.append("as if in 8 bits")
+            flags.append("as if in 8 bits")
         streamed = max(0.0, weight_bytes(calls) - self.chip.memory)
         if streamed:
-            doubts.append(f"streams {streamed / 1e6:.1f} MB of weights")
+            flags.append(f"streams {streamed / 1e6:.1f} MB of weights")
         taken_at = provenance(MODEL).taken_at
-        source = Provenance(Method.SIMULATED, DEVICE, "; ".join([MODEL, *doubts]), taken_at)
+        source = Provenance(Method.SIMULATED, DEVICE, MODEL, taken_at, tuple(flags))
         return Measurement(name, seconds, "s", interval, 1, source)
 
     def _refuse(self, layers: Iterable[str]) -> None:

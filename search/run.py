@@ -20,8 +20,8 @@ import torch
 from ..compression.analysis import sensitivity
 from ..compression.graph import find_layers
 from ..core.codec import check_plan, decode_plan, encode_measurements, plan_key
-from ..core.errors import AutocompressError, CandidateError, InputError, MissingDependencyError
-from ..core.registry import BACKENDS, OBJECTIVES, SPACES
+from ..core.errors import AutocompressError, CandidateError, InputError
+from ..core.registry import OBJECTIVES, SPACES
 from ..core.types import Artifact, Backend, Candidate, Data, Evaluation, Plan, Space, State, Task
 from ..evaluators.objectives import (
     Constraint,
@@ -31,8 +31,7 @@ from ..evaluators.objectives import (
     parse_objectives,
 )
 from ..evaluators.pipeline import Evaluator, baseline_plans
-from ..hardware import tpu as _tpu  # noqa: F401  (registers its targets)
-from ..hardware import x86 as _x86  # noqa: F401  (registers its targets)
+from ..hardware.targets import make_backend
 from ..spaces.stock import task_finetune
 from ..studies.pareto import nondominated
 from ..studies.report import write_reports
@@ -234,21 +233,6 @@ def _with_baseline(
         untouched = next(name for name, plan in baselines.items() if plan == ())
         study.write(dataclasses.replace(evaluation, baseline=untouched))
     return dataclasses.replace(evaluator, baseline=evaluation)
-
-
-def make_backend(target: str, threads: int = 0) -> Backend:
-    """The backend called `target`, ready to use.
-
-    Raises:
-        InputError: no such target, or more threads than cores.
-        MissingDependencyError: the target can't be used here; says how to get it.
-    """
-    backend: Backend = BACKENDS.get(target, "See `autocompress doctor`.")(threads=threads)
-    missing = backend.missing()
-    if missing:
-        raise MissingDependencyError(missing)
-    getattr(backend, "cores", None)  # reading it checks the number of threads
-    return backend
 
 
 def make_space(config: SearchConfig, task: Task, backend: Backend) -> Space:

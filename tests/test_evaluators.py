@@ -19,7 +19,7 @@ from autocompress.evaluators.metrics import parity_error, score
 from autocompress.evaluators.objectives import check_constraints, parse_constraint
 from autocompress.evaluators.pipeline import Evaluator, baseline_plans, cheap_figures, lacks_kernels, lowest_bits
 from autocompress.hardware.statistics import mean_interval, median_interval, share_interval
-from autocompress.search.run import make_backend
+from autocompress.hardware.targets import make_backend
 from autocompress.studies.pareto import hypervolume, nondominated
 
 HERE = Provenance(Method.MEASURED, "test", "test", "")

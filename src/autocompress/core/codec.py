@@ -81,14 +81,18 @@ def _describe(step: Operator) -> str:
 
 
 def encode_measurements(measurements: Mapping[str, Measurement]) -> dict[str, Any]:
-    """{name: {value, unit, ci95, samples, method, device, runtime, taken_at}}."""
+    """{name: {value, unit, ci95, samples, method, device, runtime, taken_at, flags}}."""
     return {
         name: {
             "value": m.value,
             "unit": m.unit,
             "ci95": list(m.ci95) if m.ci95 else None,
             "samples": m.samples,
-            **{k: str(v) for k, v in dataclasses.asdict(m.provenance).items()},
+            "method": str(m.provenance.method),
+            "device": m.provenance.device,
+            "runtime": m.provenance.runtime,
+            "taken_at": m.provenance.taken_at,
+            "flags": list(m.provenance.flags),
         }
         for name, m in measurements.items()
     }
@@ -103,7 +107,7 @@ def decode_measurements(stored: Mapping[str, Any]) -> dict[str, Measurement]:
             m["unit"],
             (m["ci95"][0], m["ci95"][1]) if m["ci95"] else None,
             m["samples"],
-            Provenance(Method(m["method"]), m["device"], m["runtime"], m["taken_at"]),
+            Provenance(Method(m["method"]), m["device"], m["runtime"], m["taken_at"], tuple(m.get("flags", ()))),
         )
         for name, m in stored.items()
     }

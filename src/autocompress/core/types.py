@@ -168,12 +168,15 @@ class Provenance:
         device: e.g. "AMD EPYC, 2 threads".
         runtime: e.g. "openvino 2026.4.1".
         taken_at: ISO 8601, UTC.
+        flags: why to doubt the figure, a few words each: "busy machine", "extrapolated: depthwise layers"; reports
+            show them beside it.
     """
 
     method: Method
     device: str
     runtime: str
     taken_at: str
+    flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,10 @@ class Capabilities:
         outputs: which layers' outputs its int8 kernels want rounded (see `Quantize.outputs`).
         notes: what a person should know, one line each.
         emulated: whether `predict` imitates the target's arithmetic on another machine, so that accuracy is simulated.
+        fast: formats (as in `Quantize.bits`) that the target computes faster in than in float32.
+        sparsity: patterns of zero weights that save time there, such as "2:4" or "unstructured"; () where zeros are
+            multiplied like other values and only removed channels help.
+        fixed_shapes: whether a file runs for the input shape that it was compiled for alone.
     """
 
     bits: tuple[int, ...]
@@ -226,6 +233,9 @@ class Capabilities:
     outputs: str = "none"
     notes: tuple[str, ...] = ()
     emulated: bool = False
+    fast: tuple[int | str, ...] = ()
+    sparsity: tuple[str, ...] = ()
+    fixed_shapes: bool = False
 
 
 class Backend(Protocol):
