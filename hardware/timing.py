@@ -1,0 +1,238 @@
+"""The loop that times: functions take turns, with a fixed piece of work between them that shows how fast the cores are.
+
+Imports Python and NumPy alone, so that this file also runs by itself on another machine.
+
+What counts as a sample:
+
+- Not the warm-up, nor the first run of each turn, for which the caches hold what ran before. These are never stored.
+- Not the rounds during which the cores were slow, whoever slowed them: a machine's clock changes, and other work or
+  other virtual machines take caches and cores. Slow is a round whose fixed work took more than `SLOW` times that of the
+  fastest quarter of the rounds; if fewer than half of the rounds are left, all count, and the drift is to be reported.
+- Every other run, however long it took. Latencies stay as they were measured: no correction for drift is applied.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SLOW = 1.05
+MOST = 100  # runs of one function in one round
+
+
+@dataclass(frozen=True)
+class Load:
+    """What else the cores did during a measurement, as shares of time; None where the system does not tell.
+
+    Attributes:
+        seconds: how long the measurement took.
+        others: of the cores' time, what other processes and the system took.
+        stolen: of the cores' time, what the hypervisor gave to other virtual machines; many do not tell.
+        waited: of the time in which the timing thread wanted to run, what it waited for a core.
+        pressure: of the time, how long any thread of this machine waited for a core.
+        preempted: how often the timing thread lost its core.
+    """
+
+    seconds: float
+    others: float | None = None
+    stolen: float | None = None
+    waited: float | None = None
+    pressure: float | None = None
+    preempted: int | None = None
+
+
+@dataclass(frozen=True)
+class Timings:
+    """What `time_runs` found; of numbers, strings, lists and dicts alone, for JSON.
+
+    Attributes:
+        samples: seconds of each run, by name and round.
+        clock: seconds of the fixed work in each round.
+    """
+
+    samples: dict[str, list[list[float]]]
+    clock: list[float]
+    load: Load = field(default_factory=lambda: Load(0.0))
+
+    @property
+    def steady(self) -> list[int]:
+        """Numbers of the rounds that count (see the module's text)."""
+        fast = statistics.median(sorted(self.clock)[: max(1, len(self.clock) // 4)])
+        chosen = [number for number, seconds in enumerate(self.clock) if seconds <= SLOW * fast]
+        return chosen if 2 * len(chosen) >= len(self.clock) else list(range(len(self.clock)))
+
+    @property
+    def drift(self) -> float:
+        """How much longer the fixed work took in the slowest than in the fastest round that counts, as a share."""
+        chosen = [self.clock[number] for number in self.steady]
+        return max(chosen) / min(chosen) - 1
+
+    def counted(self, name: str) -> list[float]:
+        """The samples of a function that count, in the order in which they were taken."""
+        rounds = self.samples[name]
+        return [seconds for number in self.steady for seconds in rounds[number]]
+
+
+def timings_from(record: Mapping[str, Any]) -> Timings:
+    """The opposite of `dataclasses.asdict`, for timings that come as JSON."""
+    return Timings(record["samples"], record["clock"], Load(**record["load"]))
+
+
+def time_runs(
+    runs: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 10,
+    repeats: int = 30,
+    budget: float = 0.3,
+    warm_up: float = 0.05,
+    cores: Collection[int] = (),
+) -> Timings:
+    """Time functions in turns.
+
+    Args:
+        runs: by name; each call is one run.
+        rounds: how often they take turns.
+        repeats: timed runs of each at least, over all rounds.
+        budget: seconds for the timed runs of each; quick functions get more runs than `repeats` for it.
+        warm_up: seconds that each runs before, five times at least.
+        cores: that this process is pinned to, to see what else they do; the load stays unknown without.
+    """
+    counts = {}
+    for name, run in runs.items():
+        _warm_up(run, warm_up)
+        pace = min(seconds_of(run) for _ in range(5))
+        counts[name] = max(-(-repeats // rounds), min(MOST, int(budget / rounds / max(pace, 1e-9))))
+    fixed = FixedWork()
+    _warm_up(fixed, warm_up)
+    samples: dict[str, list[list[float]]] = {name: [] for name in runs}
+    clock = []
+    watch = LoadWatch(cores)
+    for _ in range(rounds):
+        paces = [fixed.seconds()]
+        for name, run in runs.items():
+            run()  # the others have had the caches
+            samples[name].append([seconds_of(run) for _ in range(counts[name])])
+        paces.append(fixed.seconds())
+        clock.append(statistics.mean(paces))
+    return Timings(samples, clock, watch.stop())
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """Seconds that one call takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+class FixedWork:
+    """About 0.15 ms of arithmetic in the first-level cache: how long it takes tells how fast the core is just now."""
+
+    def __init__(self) -> None:
+        self._values = np.linspace(0, 0.4, 4096, dtype=np.float32)
+
+    def __call__(self) -> None:
+        values = self._values
+        for _ in range(100):
+            np.multiply(values, values, out=values)
+            np.add(values, np.float32(0.25), out=values)  # tends to 0.5: never an overflow, never a denormal
+
+    def seconds(self) -> float:
+        """The quickest of five calls."""
+        return min(seconds_of(self) for _ in range(5))
+
+
+class LoadWatch:
+    """Counts what the cores do from now on until `stop`."""
+
+    def __init__(self, cores: Collection[int]) -> None:
+        self._cores = cores
+        self._before = self._read()
+
+    def stop(self) -> Load:
+        """What they did."""
+        before, now = self._before, self._read()
+        change = {
+            name: None if value is None or before[name] is None else value - before[name] for name, value in now.items()
+        }
+        seconds = change["seconds"] or 1e-9
+        total = seconds * max(1, len(self._cores))
+        busy, own, waited, ran = change["busy"], change["own"], change["waited"], change["ran"]
+        stolen, pressure, preempted = change["stolen"], change["pressure"], change["preempted"]
+        return Load(
+            seconds,
+            others=None if busy is None or own is None else min(1.0, max(0.0, busy - own) / total),
+            stolen=None if stolen is None else stolen / total,
+            waited=None if waited is None or ran is None else waited / max(waited + ran, 1e-9),
+            pressure=None if pressure is None else pressure / seconds,
+            preempted=None if preempted is None else int(preempted),
+        )
+
+    def _read(self) -> dict[str, Any]:
+        usage = resource.getrusage(resource.RUSAGE_THREAD)
+        busy, stolen = _core_seconds(self._cores)
+        ran, waited = _thread_seconds()
+        return {
+            "seconds": time.perf_counter(),
+            "own": time.process_time(),
+            "busy": busy,
+            "stolen": stolen,
+            "ran": ran,
+            "waited": waited,
+            "pressure": _pressure_seconds(),
+            "preempted": usage.ru_nivcsw,
+        }
+
+
+def _core_seconds(cores: Collection[int]) -> tuple[float | None, float | None]:
+    """Seconds since the start of the system that these cores computed for anybody, and that were stolen from them."""
+    lines = _lines("/proc/stat")
+    tick = os.sysconf("SC_CLK_TCK")
+    busy = stolen = 0.0
+    found = 0
+    for line in lines:
+        name, *fields = line.split()
+        if name.startswith("cpu") and name[3:].isdigit() and int(name[3:]) in cores:
+            user, nice, system, _idle, _wait, irq, softirq, steal = (int(field) / tick for field in fields[:8])
+            busy += user + nice + system + irq + softirq
+            stolen += steal
+            found += 1
+    return (busy, stolen) if found else (None, None)
+
+
+def _thread_seconds() -> tuple[float | None, float | None]:
+    """Seconds that this thread has run, and that it was ready to run and had no core."""
+    for line in _lines("/proc/thread-self/schedstat"):
+        ran, waited, _ = line.split()
+        return int(ran) / 1e9, int(waited) / 1e9
+    return None, None
+
+
+def _pressure_seconds() -> float | None:
+    for line in _lines("/proc/pressure/cpu"):
+        if line.startswith("some"):
+            return int(line.rpartition("total=")[2]) / 1e6
+    return None
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:  # not on every system, and not for everybody
+        return []
+
+
+def _warm_up(run: Callable[[], object], seconds: float) -> None:
+    """At least 5 runs and `seconds`, so that clocks and caches settle."""
+    end = time.perf_counter() + seconds
+    count = 0
+    while count < 5 or time.perf_counter() < end:
+        run()
+        count += 1
