@@ -8,6 +8,9 @@ from ..core.types import Backend
 from . import tpu as _tpu  # noqa: F401  (registers its targets)
 from . import x86 as _x86  # noqa: F401
 
+# Names that stand for no device until one is named behind a colon.
+NEED_A_DEVICE = ("arm/agent", "arm/board", "lookup")
+
 
 def find_backend(target: str, threads: int = 0) -> Backend:
     """The backend called `target`, whether or not it can be used here.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
+from .cli_hardware import app as hardware_app
 from .core.errors import AutocompressError, InputError
 
 if TYPE_CHECKING:
@@ -24,8 +25,10 @@ app = typer.Typer(
     help="Find the Pareto front of compressed variants of a model, measured on the device it must fit.",
 )
 
+app.add_typer(hardware_app, name="hardware")
+
 # Options that take several values in one go: `--objectives accuracy latency size`.
-_MANY = ("--objectives", "--constraints", "--bits")
+_MANY = ("--objectives", "--constraints", "--bits", "--target")
 
 
 class Format(StrEnum):
