@@ -6,11 +6,12 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from ..compression.quantization import Quantize
 from ..core.errors import AutocompressError, InputError
-from ..core.types import Backend, Measurement, Task
+from ..core.types import Artifact, Backend, Measurement, Task
 from .files import read_file
 from .targets import find_backend
 
@@ -78,7 +79,7 @@ def compare_model(
                 offered = ", ".join(str(b) for b in backend.capabilities.bits)
                 yield Compared(target, width, reason=f"no kernels for {width} bits; it has {offered}")
                 continue
-            yield _tried(target, width, backend, lambda folder, b=backend, w=width: measured(b, w, folder))
+            yield _tried(target, width, backend, partial(measured, backend, width))
 
 
 def compare_file(
@@ -94,9 +95,13 @@ def compare_file(
     """
     backends = [find_backend(target, threads) for target in targets]
     files = [read_file(path, target) for target in targets]
+
+    def measured(backend: Backend, artifact: Artifact, task: Task, folder: Path) -> list[Measurement]:
+        return backend.measure(artifact, task, None)
+
     for target, backend, (artifact, task) in zip(targets, backends, files, strict=True):
         on_target(target)
-        yield _tried(target, None, backend, lambda folder, b=backend, a=artifact, t=task: b.measure(a, t, None))
+        yield _tried(target, None, backend, partial(measured, backend, artifact, task))
 
 
 def _tried(target: str, bits: int | None, backend: Backend, measure: Callable[[Path], list[Measurement]]) -> Compared:
