@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ for _entry in (
     Objective("memory", "minimize", "B"),
     Objective("energy", "minimize", "J"),
     Objective("power", "minimize", "W"),
+    Objective("instructions", "minimize", ""),
     Objective("size", "minimize", "B"),
     Objective("compressed_size", "minimize", "B"),
     Objective("parameters", "minimize", "", cost="cheap"),
@@ -56,6 +58,8 @@ for _entry in (
     Objective("expected_macs", "minimize", ""),
 ):
     OBJECTIVES.add(_entry.name, _entry)
+
+DEVICE_FIGURES = ("latency", "throughput", "memory", "energy", "power", "instructions")
 
 _SCALES = {
     "s": {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6},
@@ -121,11 +125,33 @@ def parse_objectives(names: Sequence[str], backend: Backend) -> tuple[Objective,
     return found
 
 
+def find_objective(name: str) -> Objective:
+    """The objective called `name`; "latency@arm/pixel3" is the latency on one of several targets."""
+    base, at, _ = name.partition("@")
+    found: Objective = OBJECTIVES.get(base)
+    return dataclasses.replace(found, name=name) if at else found
+
+
+def joint_names(names: Sequence[str], targets: Sequence[str]) -> list[str]:
+    """Names of the objectives of a search for several targets.
+
+    Figures that only a device gives come once for each target, "latency@TARGET"; the others once: the worst of the
+    targets' counts.
+    """
+    if len(targets) == 1:
+        return list(names)
+    return [n for name in names for n in ([f"{name}@{t}" for t in targets] if is_device_figure(name) else [name])]
+
+
+def is_device_figure(name: str) -> bool:
+    """Whether only a device gives this figure."""
+    return name.removeprefix("expected_") in DEVICE_FIGURES
+
+
 def check_metric(name: str, backend: Backend) -> None:
     """Raise InputError where only a device gives this figure and `backend` does not."""
-    device_only = {"latency", "throughput", "memory", "energy", "power"}
     measured = name.removeprefix("expected_")
-    if measured in device_only and measured not in backend.capabilities.metrics:
+    if is_device_figure(name) and measured not in backend.capabilities.metrics:
         raise InputError(f"target {backend.name} gives no {name}; it gives {', '.join(backend.capabilities.metrics)}")
 
 

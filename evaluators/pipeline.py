@@ -48,6 +48,7 @@ class Evaluator:
     Attributes:
         folder: run folder; files go to `artifacts/KEY/`, trained weights to `cache/`.
         baseline: measurements and file of the untouched model, for relative limits and interleaving.
+        cache: folder of trained weights; None for `cache/` in the run folder.
     """
 
     task: Task
@@ -56,6 +57,7 @@ class Evaluator:
     constraints: tuple[Constraint, ...]
     folder: Path
     baseline: Evaluation | None = None
+    cache: Path | None = None
 
     def __call__(self, candidate: Candidate) -> Evaluation:
         """Evaluate; failures of the candidate come back as a result with a reason."""
@@ -160,7 +162,7 @@ class Evaluator:
 
         from ..compression.distillation import remember
 
-        path = self.folder / "cache" / f"{plan_key(prefix)}.safetensors"
+        path = (self.cache or self.folder / "cache") / f"{plan_key(prefix)}.safetensors"
         if path.is_file():
             model = prepared(prefix[-1], model, self.task)
             model.load_state_dict(load_file(path))
@@ -338,7 +340,7 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}"
 
 
-def baseline_plans(backend: Backend, finetune: Finetune) -> dict[str, Plan]:
+def baseline_plans(capabilities: Capabilities, finetune: Finetune) -> dict[str, Plan]:
     """The plans that any search must beat, by name; the untouched model comes first.
 
     Args:
@@ -347,7 +349,7 @@ def baseline_plans(backend: Backend, finetune: Finetune) -> dict[str, Plan]:
     from ..compression import Prune, Quantize
 
     plans: dict[str, Plan] = {"untouched": ()}
-    if 8 in backend.capabilities.bits:
-        plans["uniform int8"] = (Quantize(8, outputs=backend.capabilities.outputs),)
+    if 8 in capabilities.bits:
+        plans["uniform int8"] = (Quantize(8, outputs=capabilities.outputs),)
     plans["uniform pruning"] = (Prune(0.5), finetune) if finetune.steps else (Prune(0.5),)
     return plans

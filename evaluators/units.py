@@ -9,7 +9,7 @@ PERCENT = ("accuracy", "calibration_error", "parity")
 
 def scale(name: str, unit: str, value: float) -> tuple[float, str]:
     """The factor and unit in which a figure of this size is shown, e.g. (1e3, "ms")."""
-    if name in PERCENT:
+    if name.partition("@")[0] in PERCENT:
         return 100.0, "%"
     if unit == "s":
         return (1e3, "ms") if abs(value) >= 1e-3 else (1e6, "µs")

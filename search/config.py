@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from ..core.errors import InputError
 
@@ -45,6 +45,7 @@ class SearchConfig(BaseModel):
         image_size: pixels, for image folders; 0 for the model's own size.
         constraints: such as "latency<=50%", "accuracy>=-1pt", "size<=200kB".
         space: a stock space by name (see `spaces.stock.STOCK`) or "module.path:callable" (a function of the trial).
+        target: such as "x86/openvino"; several make one search with a front for each.
         bits: formats on offer in stock spaces (8, 4, 1.58, "bf16", "fp8", ...); [] for the widths that the target runs.
         sensitivity: whether stock spaces are narrowed by what each layer minds (see `analysis.sensitivity`).
         finetune_steps: training steps after a cut, in stock spaces and in the pruning baseline; none for an
@@ -63,7 +64,7 @@ class SearchConfig(BaseModel):
     data: str = "digits"
     weights: str | None = None
     image_size: int = Field(0, ge=0)
-    target: str = "x86/openvino"
+    target: str | list[str] = "x86/openvino"
     threads: int = Field(0, ge=0)
     objectives: list[str] = ["accuracy", "latency", "size"]
     constraints: list[str] = []
@@ -83,6 +84,20 @@ class SearchConfig(BaseModel):
     out: str = ""
     storage: str | None = None
     study: str = "autocompress"
+
+    @property
+    def targets(self) -> list[str]:
+        """The target or targets, as a list."""
+        return [self.target] if isinstance(self.target, str) else self.target
+
+    @field_validator("target")
+    @classmethod
+    def _one_or_several(cls, target: str | list[str]) -> str | list[str]:
+        if isinstance(target, str):
+            return target
+        if not target or len(set(target)) < len(target):
+            raise ValueError("expected one target, or several different ones")
+        return target[0] if len(target) == 1 else target
 
 
 def load_config(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from rich.text import Text
 from ..core.codec import describe_plan
 from ..core.types import Evaluation, State, Task
 from ..evaluators.units import show
+from ..studies.cross import cross_table, crossings
 from ..studies.pareto import hypervolume
 from ..studies.report import front_table
 from ..studies.study import Record, Study
@@ -52,7 +53,7 @@ class Console:
         self._values = [study.values(r.metrics) for r in records if r.state is State.COMPLETE]
         print_ = self._console.print
         workers = f"{config.workers} worker{'s' if config.workers > 1 else ''}"
-        print_(f"[bold]{config.model}[/bold] on {config.data} for {config.target} → {study.folder}")
+        print_(f"[bold]{config.model}[/bold] on {config.data} for {', '.join(config.targets)} → {study.folder}")
         print_(f"{config.trials} trials, {workers}, sampler {config.sampler}, seed {config.seed}")
         if len(records) > 1:
             print_(f"resumed: {len(records)} trials were recorded before")
@@ -95,7 +96,9 @@ class Console:
         if self._live is not None:
             self._live.stop()
         self.interrupted = progress.ended == "interrupted"
-        self._console.print(front_table(study))
+        for target, part in study.parts.items():
+            self._console.print(front_table(part, target))
+        self._console.print(cross_table(crossings(study)) if study.parts else front_table(study))
         reasons = [r for r in study.records() if r.state is State.FAILED]
         for record in reasons[:5]:
             self._console.print(f"[red]trial {record.trial} failed[/red] ({record.summary}): {record.reason}")
@@ -113,7 +116,12 @@ class Console:
                 f"[yellow]the machine was uneven: the untouched model, timed beside every trial, took up to "
                 f"{drift - 1:.0%} longer at some times than at others; compare the shares in brackets[/yellow]"
             )
-        self._console.print(f"{study.folder}: trials.csv, front.csv, front.html, study.db, config.yaml, artifacts/")
+        each = "trials.csv, front.csv, front.html, study.db, config.yaml"
+        if study.parts:
+            folders = ", ".join(f"{part.folder.name}/" for part in study.parts.values())
+            self._console.print(f"{study.folder}: {folders} (each with {each}, artifacts/), cross.csv, {each}")
+        else:
+            self._console.print(f"{study.folder}: {each}, artifacts/")
 
     def _tell(self, progress: Progress, evaluation: Evaluation) -> None:
         assert self._study is not None
@@ -160,8 +168,11 @@ class Console:
     @staticmethod
     def _drift(study: Study) -> float:
         """Longest over shortest latency of the untouched model among the trials' interleaved measurements."""
-        found = [r.metrics["reference_latency"].value for r in study.records() if "reference_latency" in r.metrics]
-        return max(found) / min(found) if found else 1.0
+        worst = 1.0
+        for part in study.parts.values() or [study]:
+            found = [r.metrics["reference_latency"].value for r in part.records() if "reference_latency" in r.metrics]
+            worst = max(worst, max(found) / min(found) if found else 1.0)
+        return worst
 
     def _left(self, progress: Progress) -> str:
         """Forecast from this run's own pace."""

@@ -5,13 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import datetime
-import fcntl
 import math
-import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,10 +16,10 @@ import torch
 
 from ..compression.analysis import sensitivity
 from ..compression.graph import find_layers
-from ..core.codec import check_plan, decode_plan, encode_measurements, plan_key
+from ..core.codec import check_plan, decode_plan, encode_measurements
 from ..core.errors import AutocompressError, CandidateError, InputError
 from ..core.registry import OBJECTIVES, SPACES
-from ..core.types import Artifact, Backend, Candidate, Data, Evaluation, Plan, Space, State, Task
+from ..core.types import Candidate, Capabilities, Data, Evaluation, Space, State, Task
 from ..evaluators.objectives import (
     Constraint,
     check_constraints,
@@ -33,15 +30,16 @@ from ..evaluators.objectives import (
 from ..evaluators.pipeline import Evaluator, baseline_plans
 from ..hardware.targets import make_backend
 from ..spaces.stock import task_finetune
-from ..studies.pareto import nondominated
 from ..studies.report import write_reports
-from ..studies.storage import Database, sqlite_url
+from ..studies.storage import Database
 from ..studies.study import Record, Study, make_folder
 from ..tasks.data import example_input
 from .config import SearchConfig, make_config, save_config
 from .engine import Engine, Progress
 from .executors import Executor, InlineExecutor, RayExecutor
+from .folder import Cleaner, only_driver
 from .samplers import make_sampler
+from .several import Part, joint_evaluator, joint_study, make_parts, shared_capabilities
 
 
 class Watcher(Protocol):
@@ -82,7 +80,7 @@ def run_search(
     data: str | Data = "digits",
     space: str | Space = "auto",
     *,
-    target: str = "x86/openvino",
+    target: str | Sequence[str] = "x86/openvino",
     objectives: Sequence[str] = ("accuracy", "latency", "size"),
     constraints: Sequence[str] = (),
     trials: int = 40,
@@ -95,13 +93,15 @@ def run_search(
         model: a name (see `SearchConfig.model`), a trained module that takes the data's images, or a `Task`.
         data: a name (see `SearchConfig.data`) or a `Data`; ignored where `model` is a `Task`.
         space: "auto", "prune", "quantize", or a function of the trial that returns a plan.
+        target: device and runtime; several make one search with a front for each (see `Study.parts`).
         out: run folder; must not hold another run. "" makes one under runs/.
         settings: any other field of `SearchConfig`, e.g. workers=2, seed=1, executor="inline".
 
     Raises:
         InputError: anything that can't be used, before compute is spent on it.
     """
-    given = {"target": target, "objectives": list(objectives), "constraints": list(constraints), "trials": trials}
+    targets = target if isinstance(target, str) else list(target)
+    given = {"target": targets, "objectives": list(objectives), "constraints": list(constraints), "trials": trials}
     given |= {"out": str(out), **settings}
     for name, value in (("model", model), ("data", data), ("space", space)):
         given[name] = value if isinstance(value, str) else _name_of(value)
@@ -137,39 +137,47 @@ def resume_search(
 
 
 def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | None, watcher: Watcher) -> Study:
-    backend = make_backend(config.target, config.threads)
-    objectives = parse_objectives(config.objectives, backend)
+    backends = [make_backend(target, config.threads) for target in config.targets]
     constraints = tuple(parse_constraint(text) for text in config.constraints)
+    for backend in backends:
+        parse_objectives(config.objectives, backend)
+        for constraint in constraints:
+            check_metric(constraint.name, backend)
     for constraint in constraints:
-        check_metric(constraint.name, backend)
         if OBJECTIVES.get(constraint.name).function is not None and constraint.name not in config.objectives:
             raise InputError(f"constraint '{constraint.text}': name {constraint.name} among the objectives as well")
     make_sampler(config.sampler, seed=0, trials=config.trials, constrained=bool(constraints))  # checks the name
+    capabilities = shared_capabilities(backends)
     if task is None:
         from ..tasks.models import load_task
 
         task = load_task(config.model, config.data, config.weights, config.image_size, config.seed)
-    space = _check_space(space or make_space(config, task, backend))
+    space = _check_space(space or make_space(config, task, capabilities))
     make_folder(folder)
-    with _only_driver(folder):
-        evaluator = Evaluator(task, backend, objectives, constraints, folder)
-        names = [objective.name for objective in objectives]
-        directions = [objective.direction for objective in objectives]
-        database = Database(config.storage or sqlite_url(folder), directions, names, config.study)
-        study = Study(folder, objectives, database)
-        layers = find_layers(task.build(), example_input(task.data))
-        baselines = baseline_plans(backend, task_finetune(task, layers, config.finetune_steps, config.seed))
-        earlier = len(database.trials())
+    with only_driver(folder):
+        finetune = task_finetune(
+            task, find_layers(task.build(), example_input(task.data)), config.finetune_steps, config.seed
+        )
+        parts = make_parts(config, folder, task, backends, constraints, finetune)
+        study = joint_study(config, folder, parts)
+        earlier = len(study.stored())
         before = time.monotonic()
-        evaluator = _with_baseline(evaluator, study, constraints, baselines, config.trial_timeout)
+        parts = [
+            dataclasses.replace(part, evaluator=_with_baseline(part, constraints, config.trial_timeout))
+            for part in parts
+        ]
+        evaluate = joint_evaluator(parts, capabilities, study)
         # Only now: settings that were refused must leave the folder free for the right ones.
+        for part in parts if study.parts else []:
+            save_config(part.config, part.study.folder)
         save_config(config, folder)
         limit = None if config.time is None else max(1.0, config.time - (time.monotonic() - before))
-        cleaner = _Cleaner(study, baselines)
+        cleaners = {part.target: Cleaner(part.study, part.baselines) for part in parts}
 
         def on_change(progress: Progress, evaluation: Evaluation | None) -> None:
             if evaluation is not None:
-                cleaner.add(evaluation)
+                for target, result in (evaluation.parts or {parts[0].target: evaluation}).items():
+                    cleaners[target].add(result)
             watcher.changed(progress, evaluation)
 
         untouched = next(record for record in study.records() if record.baseline == "untouched")
@@ -177,36 +185,33 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
         engine = Engine(
             space=space,
             study=study,
-            executor=_make_executor(config, evaluator),
+            executor=_make_executor(config, evaluate),
             # Another seed after an interruption: the same one would propose the same candidates again.
             sampler=make_sampler(
                 config.sampler, seed=config.seed + earlier, trials=config.trials, constrained=bool(constraints)
             ),
             trials=config.trials,
             seconds=limit,
-            baselines=baselines,
+            baselines=baseline_plans(capabilities, finetune),
             on_change=on_change,
         )
         progress = engine.run()
         if progress.ended != "interrupted":
             try:
-                _measure_front(evaluator, study, database, watcher)
+                for part in parts:
+                    _measure_front(part.evaluator, part.study, part.database, watcher)
                 shutil.rmtree(folder / "cache", ignore_errors=True)  # trained weights; no candidate will share them now
             except KeyboardInterrupt:
                 progress.ended = "interrupted"
-        write_reports(study)
+        for found in [*study.parts.values(), study]:
+            write_reports(found)
         watcher.ended(study, progress)
     return study
 
 
-def _with_baseline(
-    evaluator: Evaluator,
-    study: Study,
-    constraints: tuple[Constraint, ...],
-    baselines: dict[str, Plan],
-    timeout: float,
-) -> Evaluator:
+def _with_baseline(part: Part, constraints: tuple[Constraint, ...], timeout: float) -> Evaluator:
     """Evaluate the untouched model first: limits are relative to it, and it must run at all."""
+    evaluator, study = part.evaluator, part.study
     known = next((record for record in study.records() if record.baseline == "untouched"), None)
     if known is not None and known.artifact is not None and known.artifact.path.is_file():
         evaluation = Evaluation(Candidate(()), known.state, known.metrics, artifact=known.artifact)
@@ -230,12 +235,12 @@ def _with_baseline(
         )
     evaluation = dataclasses.replace(evaluation, violations=violations)
     if known is None:
-        untouched = next(name for name, plan in baselines.items() if plan == ())
+        untouched = next(name for name, plan in part.baselines.items() if plan == ())
         study.write(dataclasses.replace(evaluation, baseline=untouched))
     return dataclasses.replace(evaluator, baseline=evaluation)
 
 
-def make_space(config: SearchConfig, task: Task, backend: Backend) -> Space:
+def make_space(config: SearchConfig, task: Task, capabilities: Capabilities) -> Space:
     """The space that `config` names: a stock one, or the user's function of the trial."""
     if ":" in config.space:
         from ..tasks.specs import import_object
@@ -245,7 +250,7 @@ def make_space(config: SearchConfig, task: Task, backend: Backend) -> Space:
     table = sensitivity(task) if config.sensitivity else ()
     return make(
         task,
-        backend.capabilities,
+        capabilities,
         granularity=config.granularity,
         bits=tuple(config.bits),
         finetune_steps=config.finetune_steps,
@@ -270,7 +275,7 @@ def _check_space(space: Space) -> Space:
     return space
 
 
-def _make_executor(config: SearchConfig, evaluator: Evaluator) -> Executor:
+def _make_executor(config: SearchConfig, evaluator: Callable[[Candidate], Evaluation]) -> Executor:
     if config.executor == "inline":
         return InlineExecutor(evaluator, config.trial_timeout)
     return RayExecutor(evaluator, config.workers, config.trial_timeout, config.address)
@@ -291,61 +296,6 @@ def _measure_front(evaluator: Evaluator, study: Study, database: Database, watch
             watcher.trouble(f"trial {record.trial} could not be measured again: {error}")
             continue
         database.set_front(record.trial, "test", encode_measurements(metrics))
-
-
-class _Cleaner:
-    """Deletes the files of trials that others beat: they can never be on the front again."""
-
-    def __init__(self, study: Study, baselines: Mapping[str, Plan]) -> None:
-        self._study = study
-        self._kept = {plan_key(plan) for plan in baselines.values()}
-        records = study.records()
-        best = study.front_trials(records)
-        self._front = [(study.values(r.metrics), r.artifact) for r in records if r.trial in best and not r.baseline]
-        self._base = [study.values(r.metrics) for r in records if r.trial in best and r.baseline]
-
-    def add(self, evaluation: Evaluation) -> None:
-        """Take a new result into account."""
-        if evaluation.artifact is None:
-            return
-        if evaluation.state is not State.COMPLETE:
-            if evaluation.candidate.key not in self._kept:
-                _remove(evaluation.artifact)
-            return
-        values = self._study.values(evaluation.measurements)
-        if evaluation.candidate.key in self._kept:
-            self._base.append(values)
-        else:
-            self._front.append((values, evaluation.artifact))
-        rows = [*self._base, *(row for row, _ in self._front)]
-        best = nondominated(rows, self._study.directions)[len(self._base) :]
-        for (_, artifact), keep in zip(self._front, best, strict=True):
-            if not keep and artifact is not None:
-                _remove(artifact)
-        self._front = [entry for entry, keep in zip(self._front, best, strict=True) if keep]
-
-
-def _remove(artifact: Artifact) -> None:
-    artifact.path.unlink(missing_ok=True)
-    for cut in artifact.path.parent.glob("exit*/"):  # the files that end at an early exit
-        shutil.rmtree(cut, ignore_errors=True)
-    with suppress(OSError):
-        artifact.path.parent.rmdir()
-
-
-@contextmanager
-def _only_driver(folder: Path) -> Iterator[None]:
-    """Hold the run folder: two searches in one would count the same trials twice."""
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise InputError(f"{folder} is in use by another search") from error
-    try:
-        yield
-    finally:
-        os.close(handle)
 
 
 def _as_task(model: str | torch.nn.Module | Task, data: str | Data, config: SearchConfig) -> Task:

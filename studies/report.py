@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.types import Measurement
 from ..evaluators.objectives import alongside
 from ..evaluators.units import scale, show_measurement
+from .cross import cross_as_csv, cross_as_json, crossings
 from .plot import write_plot
 from .study import Point, Study, metric_columns, metrics_as_json, trial_row
 
@@ -24,6 +25,8 @@ def write_reports(study: Study) -> None:
     records, points = study.records(), study.front()
     _write(study.folder / "trials.csv", rows_to_csv([trial_row(record) for record in records]))
     _write(study.folder / "front.csv", rows_to_csv([_point_row(point) for point in points]))
+    if study.parts:
+        _write(study.folder / "cross.csv", cross_as_csv(crossings(study)))
     if records:
         write_plot(study, records, points, study.folder / "front.html")
 
@@ -50,26 +53,37 @@ def rows_to_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def front_as_csv(study: Study) -> str:
-    """The front as CSV, SI units."""
+    """The front as CSV, SI units; those of all targets, after a search for several."""
+    if study.parts:
+        return rows_to_csv(
+            [{"target": target, **_point_row(p)} for target, part in study.parts.items() for p in part.front()]
+        )
     return rows_to_csv([_point_row(point) for point in study.front()])
 
 
 def front_as_json(study: Study) -> str:
-    """A list of {trial, plan, split, metrics: {name: {value, unit, low, high, kind}}, baseline, on_front}."""
-    return json.dumps(
-        [
-            {
-                "trial": point.trial,
-                "plan": point.plan,
-                "split": point.split,
-                "metrics": metrics_as_json(point.metrics),
-                "baseline": bool(point.baseline),
-                "on_front": point.on_front,
-            }
-            for point in study.front()
-        ],
-        indent=2,
-    )
+    """A list of {trial, plan, split, metrics: {name: {value, unit, low, high, kind, flags}}, baseline, on_front}.
+
+    After a search for several targets: {fronts: {target: such a list}, cross: see `cross_as_json`}.
+    """
+    if study.parts:
+        fronts = {target: _points_as_json(part) for target, part in study.parts.items()}
+        return json.dumps({"fronts": fronts, "cross": cross_as_json(crossings(study))}, indent=2)
+    return json.dumps(_points_as_json(study), indent=2)
+
+
+def _points_as_json(study: Study) -> list[dict[str, Any]]:
+    return [
+        {
+            "trial": point.trial,
+            "plan": point.plan,
+            "split": point.split,
+            "metrics": metrics_as_json(point.metrics),
+            "baseline": bool(point.baseline),
+            "on_front": point.on_front,
+        }
+        for point in study.front()
+    ]
 
 
 def shown_metrics(study: Study, points: Sequence[Point]) -> list[str]:
@@ -99,6 +113,8 @@ def _figure(name: str, measurement: Measurement | None, base: Measurement | None
         return text
     if measurement.provenance.method != "measured":
         text += f" {measurement.provenance.method}"
+    if measurement.provenance.flags:
+        text += "!"
     if base is None or not base.value:
         return text
     if scale(name, measurement.unit, measurement.value)[1] == "%":
@@ -106,16 +122,22 @@ def _figure(name: str, measurement: Measurement | None, base: Measurement | None
     return f"{text} ({measurement.value / base.value:.0%})"
 
 
-def front_table(study: Study) -> Table:
-    """The front as a table for the terminal."""
+def _doubts(points: Sequence[Point]) -> list[str]:
+    """What "!" behind figures of the table means."""
+    flags = dict.fromkeys(flag for p in points for m in p.metrics.values() for flag in m.provenance.flags)
+    return [f"!: {'; '.join(flags)}"] if flags else []
+
+
+def front_table(study: Study, target: str = "") -> Table:
+    """The front as a table for the terminal; `target` is named in its title."""
     from rich.table import Table
 
     points = study.front()
     header, rows = _cells(study, points)
     split = "test" if points and all(point.split == "test" for point in points if point.on_front) else "search"
     table = Table(
-        title=f"Pareto front, {split} split",
-        caption="± half of the 95 % interval; in brackets: against the untouched model",
+        title=f"Pareto front{' for ' if target else ''}{target}, {split} split",
+        caption="\n".join(["± half of the 95 % interval; in brackets: against the untouched model", *_doubts(points)]),
     )
     for name in header:
         table.add_column(name, justify="left" if name in ("plan", "split") else "right", overflow="fold")
@@ -126,6 +148,8 @@ def front_table(study: Study) -> Table:
 
 def front_as_markdown(study: Study, within: float = 1.0) -> str:
     """The front as a Markdown table; points that lose more than `within` of the untouched accuracy are left out."""
+    if study.parts:
+        return "\n".join(f"{t}\n\n{front_as_markdown(part, within)}" for t, part in study.parts.items())
     points = study.front()
     least = max((p.metrics["accuracy"].value for p in points if p.baseline == "untouched"), default=0.0) - within
     header, rows = _cells(

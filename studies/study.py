@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.codec import decode_artifact, decode_measurements, describe_bits, describe_plan, digest, encode_evaluation
 from ..core.errors import InputError
 from ..core.types import Artifact, Candidate, Evaluation, Measurement, State
-from ..evaluators.objectives import Objective, parse_constraint
+from ..evaluators.objectives import Objective, find_objective, joint_names, parse_constraint
 from .pareto import nondominated
 from .storage import Database, sqlite_url
 
@@ -100,16 +102,23 @@ class Study:
     Args:
         folder: the run folder.
         objectives: what was optimised, in order.
+        parts: in a search for several targets, the study of each, by target.
     """
 
-    def __init__(self, folder: Path, objectives: Sequence[Objective], database: Database) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        objectives: Sequence[Objective],
+        database: Database,
+        parts: Mapping[str, Study] | None = None,
+    ) -> None:
         self.folder, self.objectives, self._database = folder, tuple(objectives), database
+        self.parts = parts or {}
+        self._keys: set[str] | None = None
 
     @classmethod
     def open(cls, folder: str | Path) -> Study:
         """Open a run folder; raises InputError where it is none."""
-        from ..core.registry import OBJECTIVES
-
         path = Path(folder)
         if not (path / "config.yaml").is_file():
             raise InputError(f"{path} is no run folder: it has no config.yaml (expected the --out of a search)")
@@ -119,10 +128,13 @@ class Study:
             config = yaml.safe_load((path / "config.yaml").read_text())
             if not config.get("storage") and not (path / "study.db").is_file():
                 raise InputError(f"{path} has no study.db yet: the search ended before its first trial")
-            names, study, url = config["objectives"], config["study"], config.get("storage") or sqlite_url(path)
+            study, url = config["study"], config.get("storage") or sqlite_url(path)
+            targets = config["target"] if isinstance(config["target"], list) else [config["target"]]
+            names = joint_names(config["objectives"], targets)
         except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
             raise InputError(f"{path / 'config.yaml'} is broken: {' '.join(str(error).split())[:200]}") from error
-        return cls(path, [OBJECTIVES.get(name) for name in names], Database(url, study=study))
+        parts = {target: cls.open(path / part_folder(target)) for target in targets} if len(targets) > 1 else {}
+        return cls(path, [find_objective(name) for name in names], Database(url, study=study), parts)
 
     @property
     def storage(self) -> BaseStorage:
@@ -143,7 +155,16 @@ class Study:
         return self._database.trials()
 
     def write(self, evaluation: Evaluation, distributions: Mapping[str, BaseDistribution] | None = None) -> None:
-        """Record a finished evaluation; `distributions` are those of its candidate's parameters."""
+        """Record a finished evaluation; `distributions` are those of its candidate's parameters.
+
+        What it is made of goes into the studies of the targets first: a search that is killed between the two
+        evaluates the candidate again, and finds it there already.
+        """
+        for target, part in evaluation.parts.items():
+            if not self.parts[target].holds(part.candidate.key):
+                self.parts[target].write(dataclasses.replace(part, baseline=evaluation.baseline), distributions)
+        if self._keys is not None:
+            self._keys.add(evaluation.candidate.key)
         values = self.known_values(evaluation)
         violations = [violation for violation in evaluation.violations if violation is not None]
         self._database.add(
@@ -160,6 +181,12 @@ class Study:
             system_attrs={"constraints": violations} if values is not None and violations else {},
             seconds=evaluation.seconds,
         )
+
+    def holds(self, key: str) -> bool:
+        """Whether a candidate's result is recorded; results that others write meanwhile do not count."""
+        if self._keys is None:
+            self._keys = {trial.user_attrs["evaluation"]["key"] for trial in self.stored()}
+        return key in self._keys
 
     def write_broken(
         self, params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution], reason: str
@@ -260,6 +287,11 @@ class Study:
         return pandas.DataFrame([trial_row(record) for record in self.records()])
 
 
+def part_folder(target: str) -> str:
+    """Name of a target's folder inside the run folder of a search for several."""
+    return re.sub(r"[^\w.=-]+", "-", target)
+
+
 def make_folder(folder: Path) -> None:
     """Make `folder` and its parents; raises InputError where that can't be done."""
     try:
@@ -305,17 +337,19 @@ def trial_row(record: Record) -> dict[str, Any]:
 
 
 def metric_columns(metrics: Mapping[str, Measurement]) -> dict[str, Any]:
-    """Columns NAME, NAME_low, NAME_high, NAME_unit and NAME_kind of each metric, in SI units."""
+    """Columns NAME, NAME_low, NAME_high, NAME_unit and NAME_kind of each metric, in SI units; NAME_flags where any."""
     row: dict[str, Any] = {}
     for name, m in metrics.items():
         low, high = m.ci95 if m.ci95 else (None, None)
         row |= {name: m.value, f"{name}_low": low, f"{name}_high": high, f"{name}_unit": m.unit}
         row[f"{name}_kind"] = str(m.provenance.method)
+        if m.provenance.flags:
+            row[f"{name}_flags"] = "; ".join(m.provenance.flags)
     return row
 
 
 def metrics_as_json(metrics: Mapping[str, Measurement]) -> dict[str, dict[str, Any]]:
-    """{name: {value, unit, low, high, kind}}, in SI units; low and high are None where exact or unknown."""
+    """{name: {value, unit, low, high, kind, flags}}, in SI units; low and high are None where exact or unknown."""
     return {
         name: {
             "value": m.value,
@@ -323,6 +357,7 @@ def metrics_as_json(metrics: Mapping[str, Measurement]) -> dict[str, dict[str, A
             "low": m.ci95[0] if m.ci95 else None,
             "high": m.ci95[1] if m.ci95 else None,
             "kind": str(m.provenance.method),
+            "flags": list(m.provenance.flags),
         }
         for name, m in metrics.items()
     }

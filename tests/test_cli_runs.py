@@ -109,7 +109,7 @@ def test_front_as_json_has_exactly_the_documented_fields(small_run: Path, cli: C
         assert all("op" in step for step in point["plan"])
         assert {"accuracy", "latency", "size"} <= set(point["metrics"])
         for metric in point["metrics"].values():
-            assert set(metric) == {"value", "unit", "low", "high", "kind"}
+            assert set(metric) == {"value", "unit", "low", "high", "kind", "flags"}
             assert metric["kind"] in ("measured", "simulated", "compiled", "looked-up", "predicted")
 
 

@@ -53,7 +53,12 @@ def search(
     ] = None,
     weights: Annotated[str | None, typer.Option(help="Trained weights: safetensors or a state dict.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels, for image folders; 0: the model's own size.")] = None,
-    target: Annotated[str | None, typer.Option(help="Device and runtime, such as x86/openvino; see `doctor`.")] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Device and runtime, such as x86/openvino; several make a front for each. See `hardware list`."
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Cores that measurements are pinned to; 0: all.")] = None,
     objectives: Annotated[
         list[str] | None,
@@ -139,15 +144,19 @@ def front(
     folder: Annotated[Path, typer.Argument(help="Run folder.")],
     format: Annotated[Format, typer.Option(help="How to print it.")] = Format.TABLE,
 ) -> None:
-    """Print the Pareto front of a run, with the baselines beside it."""
+    """Print the Pareto front of a run, with the baselines beside it; after a search for several targets, that of each."""
     from .studies import report
+    from .studies.cross import cross_table, crossings
     from .studies.study import Study
 
     study = Study.open(folder)
     if format is Format.TABLE:
         from rich.console import Console
 
-        Console().print(report.front_table(study))
+        console = Console()
+        for target, part in study.parts.items():
+            console.print(report.front_table(part, target))
+        console.print(cross_table(crossings(study)) if study.parts else report.front_table(study))
     else:
         made = {
             Format.CSV: report.front_as_csv,
@@ -202,7 +211,11 @@ def export(
     """Copy one front point's deployable file, with what it is and what was measured."""
     from .studies.study import Study
 
-    points = {point.trial: point for point in Study.open(folder).front()}
+    study = Study.open(folder)
+    if study.parts:
+        folders = ", ".join(str(part.folder) for part in study.parts.values())
+        raise InputError(f"{folder} was searched for several targets: export from the folder of one of them: {folders}")
+    points = {point.trial: point for point in study.front()}
     if trial not in points:
         numbers = ", ".join(str(number) for number in sorted(points))
         raise InputError(f"trial {trial} is not on the front of {folder}; trials there: {numbers}")

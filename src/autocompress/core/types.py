@@ -286,6 +286,7 @@ class Evaluation:
         seconds: wall-clock time spent on it.
         baseline: "untouched", "uniform int8", ... for the models that a search must beat; "" otherwise.
         notes: what operators left undone, and why, one line each.
+        parts: in a search for several targets, the result on each, by target; this one then sums them up.
     """
 
     candidate: Candidate
@@ -297,3 +298,4 @@ class Evaluation:
     seconds: float = 0.0
     baseline: str = ""
     notes: tuple[str, ...] = ()
+    parts: Mapping[str, Evaluation] = field(default_factory=dict)
