@@ -14,6 +14,7 @@ from ..core.errors import InputError
 RTL = Path(__file__).parent / "rtl"
 SCALE_BITS = 16  # signed, of requantisation
 THRESHOLD_BITS = 4  # outputs of more bits are requantised: their thresholds would be too many
+BLOCK_WORTH = 256  # look-up tables; an ECP5-85 has 402 for each of its block RAMs
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Unit:
         w, a, o: bits of weights, inputs and outputs; `o` = 0 leaves accumulators.
         acc: bits of accumulators; 0 for as many as the largest sum needs.
         dsp: multiply in the device's multipliers rather than in look-up tables.
-        memory: of the weights: "auto", "block" or "distributed".
+        memory: of the weights: "block", "distributed" (look-up tables), or "auto": blocks where each saves more than
+            BLOCK_WORTH look-up tables.
         shift: right shift of requantisation, where `o` > 4.
     """
 
@@ -55,6 +57,11 @@ class Unit:
             raise InputError(f"memory is auto, block or distributed; got {self.memory!r}")
         if not self.acc:
             object.__setattr__(self, "acc", accumulator_bits(self.mw, self.w, self.a, self.a_signed))
+
+        if self.memory == "auto":
+            bits, steps = self.pe * self.simd * self.w, self.interval
+            worth = bits * steps / 16 > BLOCK_WORTH * block_rams(bits, steps)
+            object.__setattr__(self, "memory", "block" if worth else "distributed")
 
     @property
     def interval(self) -> int:
@@ -89,6 +96,12 @@ def accumulator_bits(mw: int, w: int, a: int, a_signed: bool = False) -> int:
     weight = 1 if w == 1 else 2 ** (w - 1)
     value = 1 if w == 1 and a == 1 else 2 ** (a - 1) if a_signed else 2**a - 1
     return int(mw * weight * value).bit_length() + 1
+
+
+def block_rams(width: int, depth: int) -> int:
+    """Blocks of 18 kbit for a memory: by 36 bits to 512 words, then by 18, 9, 4, 2 or 1 for each doubling of depth."""
+    shapes = [(36, 512), (18, 1024), (9, 2048), (4, 4096), (2, 8192), (1, 16384)]
+    return min(-(-width // bits) * -(-depth // words) for bits, words in shapes)
 
 
 def compute(unit: Unit, weights: np.ndarray, inputs: np.ndarray, thresholds: np.ndarray | None = None) -> np.ndarray:

@@ -123,15 +123,28 @@ module mvtu #(
   reg [SIMD*A-1:0] fresh_inputs;
   always @(posedge clk) fresh_inputs <= in_data;
   generate
-    if (NF > 1) begin : g_buffer
-      reg [SIMD*A-1:0] kept[0:SF-1];
-      reg [SIMD*A-1:0] kept_inputs;
+    if (NF > 1 && SF > 1) begin : g_buffer
+      wire [SIMD*A-1:0] kept_inputs;
       reg from_stream;
+      mvtu_buffer #(
+          .WIDTH(SIMD * A),
+          .DEPTH(SF)
+      ) kept (
+          .clk(clk),
+          .put(issue && first_pass),
+          .address(step),
+          .put_data(in_data),
+          .data(kept_inputs)
+      );
       always @(posedge clk) begin
-        if (issue && first_pass) kept[step] <= in_data;
-        kept_inputs <= kept[step];
         from_stream <= first_pass;
         inputs <= from_stream ? fresh_inputs : kept_inputs;
+      end
+    end else if (NF > 1) begin : g_hold
+      reg from_stream;
+      always @(posedge clk) begin
+        from_stream <= issue && first_pass;
+        if (from_stream) inputs <= fresh_inputs;
       end
     end else begin : g_stream
       always @(posedge clk) inputs <= fresh_inputs;
@@ -326,6 +339,35 @@ module mvtu_rom #(
       reg [WIDTH-1:0] memory[0:DEPTH-1];
       initial $readmemh(FILE, memory);
       always @(posedge clk) data <= memory[address];
+    end
+  endgenerate
+endmodule
+
+
+// One vector of inputs: written in the first pass, read in the others.
+module mvtu_buffer #(
+    parameter int WIDTH = 8,
+    parameter int DEPTH = 8
+) (
+    input wire clk,
+    input wire put,
+    input wire [$clog2(DEPTH)-1:0] address,
+    input wire [WIDTH-1:0] put_data,
+    output reg [WIDTH-1:0] data
+);
+  generate
+    if (DEPTH <= 64) begin : g_distributed
+      (* ram_style = "distributed" *) reg [WIDTH-1:0] memory[0:DEPTH-1];
+      always @(posedge clk) begin
+        if (put) memory[address] <= put_data;
+        data <= memory[address];
+      end
+    end else begin : g_block
+      (* ram_style = "block" *) reg [WIDTH-1:0] memory[0:DEPTH-1];
+      always @(posedge clk) begin
+        if (put) memory[address] <= put_data;
+        data <= memory[address];
+      end
     end
   endgenerate
 endmodule
@@ -567,10 +609,9 @@ module mvtu_queue #(
       reserved <= 0;
       held <= 0;
     end else begin
-      if (reserve && !taken) reserved <= reserved + 1'b1;
-      if (taken && !reserve) reserved <= reserved - 1'b1;
-      if (put && !taken) held <= held + 1'b1;
-      if (taken && !put) held <= held - 1'b1;
+      // Plus 1, minus 1, which is all ones, or as it is.
+      reserved <= reserved + {{BITS{taken && !reserve}} | (reserve && !taken)};
+      held <= held + {{BITS{taken && !put}} | (put && !taken)};
     end
   end
   generate
