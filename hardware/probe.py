@@ -8,16 +8,17 @@ with the request as JSON on standard input.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import json
 import os
 import resource
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-ROUNDS = 10  # candidate and reference take turns this often, so that drift shows
+from .power import find_packages, record_energy
+from .timing import seconds_of, time_runs
 
 
 def main() -> None:
@@ -40,53 +41,37 @@ def _measure(request: dict[str, Any]) -> dict[str, Any]:
     images = rng.integers(0, tokens, shape) if tokens else rng.standard_normal(shape).astype(np.float32)
     one, threads = images[:1], len(request["cores"])
 
-    _open_once(open_file, request, one, threads)  # the runtime's own libraries count for nobody
+    # The first file opened loads the runtime's own libraries, whose memory counts for nobody.
+    name = "reference" if request["reference"] else "path"
+    bf16 = request["reference_bf16"] if request["reference"] else request["bf16"]
+    first = open_file(request[name], 1, threads, bf16)
+    first(one)
     before = _peak_memory(reset=True)
     candidate = open_file(request["path"], 1, threads, request["bf16"])
     candidate(one)
     memory = _peak_memory() - before
 
-    reference = open_file(request["reference"], 1, threads, request["reference_bf16"]) if request["reference"] else None
-    for run in (candidate, reference):
-        _warm_up(run, one)
-    pace = min(_seconds(candidate, one) for _ in range(5))
-    per_round = max(-(-request["repeats"] // ROUNDS), min(100, int(request["budget"] / ROUNDS / max(pace, 1e-6))))
-    times: dict[str, list[float]] = {"latency": [], "reference": []}
-    for _ in range(ROUNDS):
-        for name, run in (("latency", candidate), ("reference", reference)):
-            if run is not None:
-                run(one)  # the other model has had the caches
-                times[name] += [_seconds(run, one) for _ in range(per_round)]
+    runs = {"latency": lambda: candidate(one)}
+    if request["reference"]:
+        runs["reference_latency"] = lambda: first(one)
+    else:
+        del first
+    timings = time_runs(runs, repeats=request["repeats"], budget=request["budget"], cores=request["cores"])
+    packages = find_packages(Path(request["powercap"])) if request["powercap"] else ()
+    energy = record_energy(runs["latency"], packages) if packages else None
 
+    pace = min(timings.samples["latency"][0])
     batch = max(1, min(len(images), int(0.25 / max(pace, 1e-6))))
     many = open_file(request["path"], batch, threads, request["bf16"])
     many(images[:batch])
-    batch_times = [_seconds(many, images[:batch]) for _ in range(5)]
-    return {**times, "memory": memory, "batch": batch, "batch_times": batch_times}
-
-
-def _open_once(open_file: Any, request: dict[str, Any], one: Any, threads: int) -> None:
-    """Load and run the reference (or, for the reference itself, the candidate) so that lazy set-up is over."""
-    name = "reference" if request["reference"] else "path"
-    bf16 = request["reference_bf16"] if request["reference"] else request["bf16"]
-    open_file(request[name], 1, threads, bf16)(one)
-
-
-def _warm_up(run: Any, images: Any) -> None:
-    """At least 5 runs and 50 ms, so that clocks and caches settle."""
-    if run is None:
-        return
-    end = time.perf_counter() + 0.05
-    count = 0
-    while count < 5 or time.perf_counter() < end:
-        run(images)
-        count += 1
-
-
-def _seconds(run: Any, images: Any) -> float:
-    start = time.perf_counter()
-    run(images)
-    return time.perf_counter() - start
+    batch_times = [seconds_of(lambda: many(images[:batch])) for _ in range(5)]
+    return {
+        "timings": dataclasses.asdict(timings),
+        "memory": memory,
+        "batch": batch,
+        "batch_times": batch_times,
+        "energy": energy,
+    }
 
 
 def _peak_memory(reset: bool = False) -> int:

@@ -5,10 +5,14 @@ Imports Python and NumPy alone, so that this file also runs by itself on another
 What counts as a sample:
 
 - Not the warm-up, nor the first run of each turn, for which the caches hold what ran before. These are never stored.
-- Not the rounds during which the cores were slow, whoever slowed them: a machine's clock changes, and other work or
-  other virtual machines take caches and cores. Slow is a round whose fixed work took more than `SLOW` times that of the
-  fastest quarter of the rounds; if fewer than half of the rounds are left, all count, and the drift is to be reported.
-- Every other run, however long it took. Latencies stay as they were measured: no correction for drift is applied.
+- Not the rounds during which a core was slow: a processor's clock changes, and another virtual machine may share a
+  physical core. Slow is a round in which the fixed work on any of the cores took `SLOW` times as long as in the fastest
+  quarter of the rounds; if fewer than half of the rounds are left, all count, and `drift` tells.
+- Every other run, however long it took: single slow runs hardly move a median. Latencies stay as they were measured;
+  they are not corrected for drift.
+
+The fixed work is timed by the processor time of its thread. So it does not show that a core is shared with other
+processes, which `Load` tells, but that the core itself is slow.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ from typing import Any
 import numpy as np
 
 SLOW = 1.05
+# Shares beyond which a measurement is doubted; of a quiet machine, counted in ticks of 10 ms, half of these were seen.
+BUSY, STOLEN, WAITED = 0.1, 0.02, 0.05
 MOST = 100  # runs of one function in one round
 
 
@@ -36,7 +42,7 @@ class Load:
         seconds: how long the measurement took.
         others: of the cores' time, what other processes and the system took.
         stolen: of the cores' time, what the hypervisor gave to other virtual machines; many do not tell.
-        waited: of the time in which the timing thread wanted to run, what it waited for a core.
+        waited: of the time in which this process's threads wanted to run, what they waited for a core.
         pressure: of the time, how long any thread of this machine waited for a core.
         preempted: how often the timing thread lost its core.
     """
@@ -55,25 +61,51 @@ class Timings:
 
     Attributes:
         samples: seconds of each run, by name and round.
-        clock: seconds of the fixed work in each round.
+        clock: seconds of the fixed work in each round, on each core.
     """
 
     samples: dict[str, list[list[float]]]
-    clock: list[float]
+    clock: list[list[float]]
     load: Load = field(default_factory=lambda: Load(0.0))
+
+    @property
+    def fastest(self) -> list[float]:
+        """Seconds of the fixed work on each core, in the fastest quarter of the rounds."""
+        quarter = max(1, len(self.clock) // 4)
+        return [statistics.median(sorted(times)[:quarter]) for times in zip(*self.clock, strict=True)]
+
+    @property
+    def slowness(self) -> list[float]:
+        """For each round, how much longer the fixed work took than in the fastest ones, on the worst core; a share."""
+        fastest = self.fastest
+        return [max(now / best for now, best in zip(times, fastest, strict=True)) - 1 for times in self.clock]
 
     @property
     def steady(self) -> list[int]:
         """Numbers of the rounds that count (see the module's text)."""
-        fast = statistics.median(sorted(self.clock)[: max(1, len(self.clock) // 4)])
-        chosen = [number for number, seconds in enumerate(self.clock) if seconds <= SLOW * fast]
+        chosen = [number for number, share in enumerate(self.slowness) if share <= SLOW - 1]
         return chosen if 2 * len(chosen) >= len(self.clock) else list(range(len(self.clock)))
 
     @property
     def drift(self) -> float:
-        """How much longer the fixed work took in the slowest than in the fastest round that counts, as a share."""
-        chosen = [self.clock[number] for number in self.steady]
-        return max(chosen) / min(chosen) - 1
+        """The largest slowness among the rounds that count."""
+        slowness = self.slowness
+        return max(0.0, *(slowness[number] for number in self.steady))
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What speaks against these figures, a few words each; () for a quiet machine."""
+        others, stolen, waited = self.load.others or 0.0, self.load.stolen or 0.0, self.load.waited or 0.0
+        found = []
+        if others > BUSY:
+            found.append(f"busy machine: other work took {100 * others:.0f} % of the cores")
+        elif waited > WAITED:
+            found.append(f"busy machine: waited for a core {100 * waited:.0f} % of the time")
+        if stolen > STOLEN:
+            found.append(f"busy host: other virtual machines took {100 * stolen:.0f} % of the cores")
+        if self.drift > SLOW - 1:
+            found.append(f"clock drifted {100 * self.drift:.0f} %")
+        return tuple(found)
 
     def counted(self, name: str) -> list[float]:
         """The samples of a function that count, in the order in which they were taken."""
@@ -103,7 +135,8 @@ def time_runs(
         repeats: timed runs of each at least, over all rounds.
         budget: seconds for the timed runs of each; quick functions get more runs than `repeats` for it.
         warm_up: seconds that each runs before, five times at least.
-        cores: that this process is pinned to, to see what else they do; the load stays unknown without.
+        cores: that this process is pinned to: the fixed work runs on each of them, and what else they do is watched.
+            Without, it runs wherever this thread is, and the load stays unknown.
     """
     counts = {}
     for name, run in runs.items():
@@ -111,17 +144,15 @@ def time_runs(
         pace = min(seconds_of(run) for _ in range(5))
         counts[name] = max(-(-repeats // rounds), min(MOST, int(budget / rounds / max(pace, 1e-9))))
     fixed = FixedWork()
-    _warm_up(fixed, warm_up)
+    fixed.seconds(cores)
     samples: dict[str, list[list[float]]] = {name: [] for name in runs}
     clock = []
     watch = LoadWatch(cores)
     for _ in range(rounds):
-        paces = [fixed.seconds()]
+        clock.append(fixed.seconds(cores))
         for name, run in runs.items():
             run()  # the others have had the caches
             samples[name].append([seconds_of(run) for _ in range(counts[name])])
-        paces.append(fixed.seconds())
-        clock.append(statistics.mean(paces))
     return Timings(samples, clock, watch.stop())
 
 
@@ -133,20 +164,38 @@ def seconds_of(run: Callable[[], object]) -> float:
 
 
 class FixedWork:
-    """About 0.15 ms of arithmetic in the first-level cache: how long it takes tells how fast the core is just now."""
+    """About 0.1 ms of small matrix products: how long they take tells how fast a core is just now."""
 
     def __init__(self) -> None:
-        self._values = np.linspace(0, 0.4, 4096, dtype=np.float32)
+        # So small that no BLAS spreads it over threads.
+        self._matrix = np.linspace(-1, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
+        self._product = np.empty_like(self._matrix)
 
     def __call__(self) -> None:
-        values = self._values
-        for _ in range(100):
-            np.multiply(values, values, out=values)
-            np.add(values, np.float32(0.25), out=values)  # tends to 0.5: never an overflow, never a denormal
+        for _ in range(16):
+            np.matmul(self._matrix, self._matrix, out=self._product)
 
-    def seconds(self) -> float:
-        """The quickest of five calls."""
-        return min(seconds_of(self) for _ in range(5))
+    def seconds(self, cores: Collection[int] = ()) -> list[float]:
+        """Processor time on each core, the quickest of five calls; where this thread is, if no cores are given."""
+        if not cores:
+            return [self._quickest()]
+        allowed = os.sched_getaffinity(0)
+        found = []
+        # The first core last, where a single thread then stays.
+        for core in sorted(cores, reverse=True):
+            os.sched_setaffinity(0, {core})  # of this thread alone
+            found.append(self._quickest())
+        os.sched_setaffinity(0, allowed)
+        return found[::-1]
+
+    def _quickest(self) -> float:
+        self()
+        times = []
+        for _ in range(5):
+            start = time.thread_time()
+            self()
+            times.append(time.thread_time() - start)
+        return min(times)
 
 
 class LoadWatch:
@@ -208,11 +257,14 @@ def _core_seconds(cores: Collection[int]) -> tuple[float | None, float | None]:
 
 
 def _thread_seconds() -> tuple[float | None, float | None]:
-    """Seconds that this thread has run, and that it was ready to run and had no core."""
-    for line in _lines("/proc/thread-self/schedstat"):
-        ran, waited, _ = line.split()
-        return int(ran) / 1e9, int(waited) / 1e9
-    return None, None
+    """Seconds that this process's threads have run, and that they were ready to run and had no core."""
+    ran = waited = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        for line in _lines(path):
+            fields = line.split()
+            ran += int(fields[0])
+            waited += int(fields[1])
+    return (ran / 1e9, waited / 1e9) if ran else (None, None)
 
 
 def _pressure_seconds() -> float | None:
@@ -222,7 +274,7 @@ def _pressure_seconds() -> float | None:
     return None
 
 
-def _lines(path: str) -> list[str]:
+def _lines(path: str | Path) -> list[str]:
     try:
         return Path(path).read_text().splitlines()
     except OSError:  # not on every system, and not for everybody

@@ -1,4 +1,9 @@
-"""Backends for the CPU of this machine: ONNX Runtime and OpenVINO."""
+"""Backends for the CPU of this machine: ONNX Runtime and OpenVINO.
+
+A measurement is one process (`probe`) with the lane of this machine to itself, pinned to its cores; which of its runs
+count is told in `timing`. One that can be doubted, since its interval is wider than asked, other work took the cores
+or their clock drifted, is repeated; if every attempt can be, the best one counts, and flags say why to doubt it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ import json
 import platform
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +27,13 @@ from ..core.types import Artifact, Capabilities, Measurement, Method, Task
 from ..tasks.data import example_input
 from .device import has_bf16, has_int8_dot, provenance, usable_cores
 from .onnx_export import export_onnx
+from .power import POWERCAP, declared_watts, energy_figures, find_packages
 from .runtimes import RUNTIMES
 from .statistics import median_interval
+from .timing import timings_from
 
 METRICS = ("latency", "throughput", "memory")
+ENERGY_METRICS = ("energy", "power", "idle_power")
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,9 @@ class CpuBackend:
         repeats: timed runs of a file at least; quick models get more, for up to `budget` seconds.
         limit: seconds after which a measurement counts as hanging.
         spread: width of the latency's interval, as a share of it, beyond which the measurement is repeated.
-        attempts: measurements at most; the one with the narrowest interval counts.
+        attempts: measurements at most.
+        watts: power that a person declares, from which energy is then predicted; 0 for none.
+        powercap: where Linux shows the energy counters.
     """
 
     runtime: str
@@ -48,6 +58,8 @@ class CpuBackend:
     limit: float = 300.0
     spread: float = 0.1
     attempts: int = 3
+    watts: float = 0.0
+    powercap: Path = POWERCAP
 
     @property
     def name(self) -> str:
@@ -58,13 +70,21 @@ class CpuBackend:
         notes = [
             "int8 dot products: " + ("yes" if has_int8_dot() else "no, int8 may be slower than float"),
         ]
+        metrics: tuple[str, ...] = METRICS
+        if self.watts:
+            metrics += ("energy",)
+            notes.append(f"energy: predicted from the declared {self.watts:g} W")
+        elif find_packages(self.powercap):
+            metrics += ENERGY_METRICS
+        else:
+            notes.append(f"energy: no counter can be read here; {self.name}:watts=15 predicts it from a declared power")
         if self.runtime == "openvino":
             notes.append("16-bit layers run in bfloat16" if has_bf16() else "no bfloat16: 16-bit layers run in float32")
             # A rounded output that several operations take is needed for right results: OpenVINO 2026.4 fuses
             # an int8 convolution with the additions behind it as if its values were unsigned.
-            return Capabilities((32, 16, 8), METRICS, "shared", tuple(notes))
+            return Capabilities((32, 16, 8), metrics, "shared", tuple(notes))
         notes.append("16-bit layers are stored as float16 and run in float32")
-        return Capabilities((32, 16, 8), METRICS, "all", tuple(notes))
+        return Capabilities((32, 16, 8), metrics, "all", tuple(notes))
 
     def missing(self) -> str | None:
         """What is not here and how to get it."""
@@ -103,11 +123,13 @@ class CpuBackend:
         return np.concatenate(pieces)
 
     def measure(self, artifact: Artifact, task: Task, reference: Artifact | None) -> list[Measurement]:
-        """Latency (and the reference's, taken in turns with it), throughput and peak memory of one file.
+        """Latency (and the reference's, taken in turns with it), throughput, peak memory and energy of one file.
 
         Everything else of autocompress on this machine pauses meanwhile. Latency: median over single
         images with the 95 % interval of the median, seconds. Memory: growth of resident bytes from
-        loading the file and running it once.
+        loading the file and running it once. Energy: joules of all packages for one run, and their power
+        while they run it and while they idle, watts; or latency times the declared power, whose interval
+        takes that power as exact.
         """
         request = {
             "runtime": self.runtime,
@@ -120,24 +142,39 @@ class CpuBackend:
             "vocabulary": task.data.vocabulary,
             "repeats": self.repeats,
             "budget": self.budget,
+            "powercap": "" if self.watts else str(self.powercap),
         }
         with LANE.exclusive():
             answer = self._ask(request)
             for _ in range(self.attempts - 1):
-                if _width(answer) <= self.spread:
+                if _doubt(answer, self.spread) == (0, 0.0):
                     break
-                answer = min(answer, self._ask(request), key=_width)
+                answer = min(answer, self._ask(request), key=lambda one: _doubt(one, self.spread))
+        return self._measurements(answer)
+
+    def _measurements(self, answer: dict[str, Any]) -> list[Measurement]:
         source = provenance(f"{self.runtime} {self.version}", len(self.cores), Method.MEASURED)
-        found = []
-        for name, key in (("latency", "latency"), ("reference_latency", "reference")):
-            if answer[key]:
-                value, ends = median_interval(answer[key])
-                found.append(Measurement(name, value, "s", ends, len(answer[key]), source))
-        pace, ends = median_interval(answer["batch_times"])
-        batch = answer["batch"]
-        interval = (batch / ends[1], batch / ends[0])
-        found.append(Measurement("throughput", batch / pace, "1/s", interval, len(answer["batch_times"]), source))
+        timings = answer["timings"]
+
+        def figure(name: str, unit: str, values: list[float]) -> Measurement:
+            value, ends = median_interval(values)
+            width = (ends[1] - ends[0]) / value if value else 0.0
+            wide = (f"interval {100 * width:.0f} % wide",) if width > self.spread else ()
+            return Measurement(name, value, unit, ends, len(values), replace(source, flags=timings.doubts + wide))
+
+        found = [figure(name, "s", timings.counted(name)) for name in timings.samples]
+        found.append(figure("throughput", "1/s", [answer["batch"] / seconds for seconds in answer["batch_times"]]))
         found.append(Measurement("memory", float(answer["memory"]), "B", None, 1, source))
+        if answer["energy"]:
+            found += [figure(name, unit, values) for name, (unit, values) in energy_figures(answer["energy"]).items()]
+        if self.watts:
+            latency = found[0]
+            assert latency.ci95 is not None
+            low, high = latency.ci95
+            flags = (f"declared power {self.watts:g} W", *latency.provenance.flags)
+            declared = replace(latency.provenance, method=Method.PREDICTED, flags=flags)
+            ends = (self.watts * low, self.watts * high)
+            found.append(Measurement("energy", self.watts * latency.value, "J", ends, latency.samples, declared))
         return found
 
     @property
@@ -151,7 +188,7 @@ class CpuBackend:
     @property
     def version(self) -> str:
         """Version of the runtime."""
-        return importlib.metadata.version(self.runtime)
+        return importlib.metadata.version("apache-tvm" if self.runtime == "tvm" else self.runtime)
 
     def _bf16(self, artifact: Artifact) -> bool:
         if self.runtime != "openvino" or not has_bf16():
@@ -176,17 +213,17 @@ class CpuBackend:
         if done.returncode != 0:
             reason = f"killed by signal {-done.returncode}" if done.returncode < 0 else _last_line(done.stderr)
             raise CandidateError(f"{self.name}: the measurement failed: {reason}")
-        return json.loads(done.stdout)
+        answer = json.loads(done.stdout)
+        return {**answer, "timings": timings_from(answer["timings"])}
 
 
-def _width(answer: dict[str, Any]) -> float:
-    """Width of the latency's 95 % interval (the wider one's, of candidate and reference), as a share of it."""
-    widths = []
-    for key in ("latency", "reference"):
-        if answer[key]:
-            value, (low, high) = median_interval(answer[key])
-            widths.append((high - low) / value)
-    return max(widths)
+def _doubt(answer: dict[str, Any], spread: float) -> tuple[int, float]:
+    """How much to doubt an answer: number of reasons, then width of the widest interval; (0, 0.0) for not at all."""
+    timings, width = answer["timings"], 0.0
+    for name in timings.samples:
+        value, (low, high) = median_interval(timings.counted(name))
+        width = max(width, (high - low) / value)
+    return len(timings.doubts), width if width > spread or timings.doubts else 0.0
 
 
 def _first_line(text: str) -> str:
@@ -198,12 +235,12 @@ def _last_line(text: str) -> str:
 
 
 @backend("x86/onnxruntime")
-def onnxruntime_backend(threads: int = 0) -> CpuBackend:
-    """ONNX Runtime, CPU provider."""
-    return CpuBackend("onnxruntime", threads)
+def onnxruntime_backend(threads: int = 0, device: str = "") -> CpuBackend:
+    """ONNX Runtime, CPU provider; a device "watts=15" declares the power."""
+    return CpuBackend("onnxruntime", threads, watts=declared_watts(device))
 
 
 @backend("x86/openvino")
-def openvino_backend(threads: int = 0) -> CpuBackend:
-    """OpenVINO, CPU plugin."""
-    return CpuBackend("openvino", threads)
+def openvino_backend(threads: int = 0, device: str = "") -> CpuBackend:
+    """OpenVINO, CPU plugin; a device "watts=15" declares the power."""
+    return CpuBackend("openvino", threads, watts=declared_watts(device))
