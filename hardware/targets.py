@@ -5,8 +5,13 @@ from __future__ import annotations
 from ..core.errors import InputError, MissingDependencyError
 from ..core.registry import BACKENDS
 from ..core.types import Backend
-from . import tpu as _tpu  # noqa: F401  (registers its targets)
+from . import agent as _agent  # noqa: F401  (registers its targets)
+from . import boards as _boards  # noqa: F401
+from . import lookup_backend as _lookup  # noqa: F401
+from . import tpu as _tpu  # noqa: F401
+from . import tvm as _tvm  # noqa: F401
 from . import x86 as _x86  # noqa: F401
+from . import xla_tpu as _xla_tpu  # noqa: F401
 
 # Names that stand for no device until one is named behind a colon.
 NEED_A_DEVICE = ("arm/agent", "arm/board", "lookup")
