@@ -70,6 +70,20 @@ def nasbench201_features(archs: Sequence[str]) -> Features:
 
     Source: Dong & Yang, arXiv:2001.00326.
     """
+    chosen, running, usable = nasbench201_edges(archs)
+    kinds = np.arange(len(OPERATORS))
+    hot = chosen[:, :, None] == kinds
+    countings = tuple((hot & mask[:, :, None]).sum(1).astype(float) for mask in running)
+    return Features(countings, usable)
+
+
+def nasbench201_edges(archs: Sequence[str]) -> tuple[np.ndarray, tuple[np.ndarray, ...], np.ndarray]:
+    """The operators on the `EDGES` of NAS-Bench-201 cells, and which of them run.
+
+    Returns:
+        Numbers of `OPERATORS`, -1 for none, (cells, 6); whether each runs, (cells, 6), counted in the three ways of
+        `nasbench201_features`; whether the output is fed by the input, (cells,).
+    """
     chosen = np.array([_operators(arch) for arch in archs], int).reshape(-1, len(EDGES))
     present = chosen >= 0
     fed = np.zeros((len(chosen), 4), bool)
@@ -81,11 +95,7 @@ def nasbench201_features(archs: Sequence[str]) -> Features:
         read[:, start] |= read[:, end] & present[:, edge]
     starts, ends = np.array(EDGES).T
     is_read = present & read[:, ends]
-    is_live = is_read & fed[:, starts]
-    kinds = np.arange(len(OPERATORS))
-    hot = chosen[:, :, None] == kinds
-    countings = tuple((hot & mask[:, :, None]).sum(1).astype(float) for mask in (present, is_read, is_live))
-    return Features(countings, fed[:, 3])
+    return chosen, (present, is_read, is_read & fed[:, starts]), fed[:, 3]
 
 
 def token_features(archs: Sequence[str]) -> Features:
