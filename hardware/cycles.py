@@ -61,15 +61,15 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Schedule:
-    """When words are offered and taken, by stream; cycle 0 is that in which the first word is offered."""
+    """When words are offered and taken, by stream; cycle 0 is that in which the first word is offered.
+
+    Attributes:
+        exact: whether these are the cycles of the circuit; otherwise they are bounds from below.
+    """
 
     offered: dict[int, Times]
     taken: dict[int, Times]
-
-    def depth(self, stream: int) -> int:
-        """The most words that are offered in a stream and not yet taken, counting each from the cycle it is offered."""
-        waiting = np.arange(1, len(self.taken[stream]) + 1)
-        return int((waiting - np.searchsorted(self.taken[stream], self.offered[stream], "right")).max(initial=0))
+    exact: bool
 
 
 def solve(pipeline: Pipeline, images: int = 1, arrivals: Sequence[int] | None = None, rounds: int = ROUNDS) -> Schedule:
@@ -87,34 +87,40 @@ def solve(pipeline: Pipeline, images: int = 1, arrivals: Sequence[int] | None = 
     taken = {stream: np.zeros(number, np.int64) for stream, number in counts.items()}
     first = np.zeros(counts[pipeline.source], np.int64) if arrivals is None else np.asarray(arrivals, np.int64)
     limit = _longest(pipeline, images) + int(first.max(initial=0))
+    versions = dict.fromkeys(counts, 0)
+    seen: dict[Node, tuple[int, ...]] = {}
+
+    def update(known: dict[int, Times], stream: int, times: Times) -> None:
+        if not np.array_equal(times, known[stream]):
+            known[stream] = times
+            versions[stream] += 1
+
     for number in range(rounds):
-        moved = False
-        order = pipeline.nodes if number % 2 == 0 else pipeline.nodes[::-1]
-        source = np.maximum(paced(first), np.append(first[:1], taken[pipeline.source][:-1] + 1))
-        moved |= not np.array_equal(source, offered[pipeline.source])
-        offered[pipeline.source] = source
-        for node in order:
+        before = sum(versions.values())
+        ahead = np.append(first[:1], taken[pipeline.source][:-1] + 1)
+        update(offered, pipeline.source, np.maximum(paced(first), ahead))
+        for node in pipeline.nodes if number % 2 == 0 else pipeline.nodes[::-1]:
+            now = tuple(versions[stream] for stream in node.inputs + node.outputs)
+            if seen.get(node) == now:
+                continue
+            seen[node] = now
             accepted, gives = node.stage.times(
                 tuple(offered[stream] for stream in node.inputs),
                 tuple(taken[stream] for stream in node.inputs),
                 tuple(np.maximum(taken[stream], offered[stream]) for stream in node.outputs),
             )
             for stream, times in zip(node.inputs, accepted, strict=True):
-                times = np.maximum(times, taken[stream])
-                moved |= not np.array_equal(times, taken[stream])
-                taken[stream] = times
+                update(taken, stream, np.maximum(times, taken[stream]))
             for stream, times in zip(node.outputs, gives, strict=True):
-                moved |= not np.array_equal(times, offered[stream])
-                offered[stream] = times
+                update(offered, stream, times)
         last = offered[pipeline.sink]
-        moved |= not np.array_equal(last, taken[pipeline.sink])
-        taken[pipeline.sink] = last
-        if not moved:
-            return Schedule(offered, taken)
+        update(taken, pipeline.sink, last)
+        if sum(versions.values()) == before:
+            return Schedule(offered, taken, True)
         if len(last) and last[-1] > limit:
             break
     if rounds < ROUNDS:
-        return Schedule(offered, taken)
+        return Schedule(offered, taken, False)
     raise CandidateError("units of the accelerator wait for each other for ever: a FIFO is too small")
 
 

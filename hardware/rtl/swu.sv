@@ -37,101 +37,99 @@ module swu #(
 
   reg [W-1:0] words[0:(1<<(LW+RW))-1];
 
-  // Writing: `ahead` is the row being written, relative to the first row still needed; below 0 it is not needed.
-  reg signed [YW-1:0] ahead;
-  reg [RW-1:0] write_slot, base_slot;
+  // Rows are counted on from image to image, modulo 2^YW; a row's place in the ring are the lowest bits.
+  reg signed [YW-1:0] write_row;  // being written
+  reg signed [YW-1:0] base_row;  // the first that is still needed; may be ahead of the one being written
   reg [LW-1:0] write_column;
-  assign in_ready = ahead < ROWS;
+  wire signed [YW-1:0] held = write_row - base_row;
+  assign in_ready = held < ROWS;
   wire push = in_valid && in_ready;
   wire row_written = push && write_column == LINE - 1;
 
-  // Reading.
-  reg [$clog2(OH+1)-1:0] oy;
+  // Reading. Positions are registers that constants are added to, so that only comparing them is left to do in the
+  // cycle in which a word is issued.
+  reg [$clog2(OH+1)-1:0] oy;  // of the next row of windows
   reg [$clog2(OW+1)-1:0] ox;
   reg [$clog2(KH+1)-1:0] ky;
   reg [$clog2(KW+1)-1:0] kx;
   reg [$clog2(CF+1)-1:0] c;
-  reg signed [YW-1:0] top;  // oy * SH - PT
-  reg signed [YW-1:0] down;  // ky * DH
-  reg signed [XW-1:0] left;  // (ox * SW - PL) * CF
-  reg signed [XW-1:0] right;  // kx * DW * CF + c
-  wire signed [YW-1:0] base = top < 0 ? 0 : top > H ? H : top;
-  wire signed [YW-1:0] row = top + down;
-  wire signed [YW-1:0] offset = row - base;
-  wire signed [XW-1:0] column = left + right;
+  reg signed [YW-1:0] row;  // in the image
+  reg signed [YW-1:0] read_row;  // the same, counted on from image to image
+  reg signed [XW-1:0] column;  // position * CF + c
+  reg signed [YW-1:0] next_top;  // oy * SH - PT
+  reg signed [YW-1:0] advance;  // rows that are not needed any more after this row of windows
   wire in_image = row >= 0 && row < H && column >= 0 && column < LINE;
   wire signed [XW-1:0] written = $signed({1'b0, write_column});
-  wire here = !in_image || offset < ahead || (offset == ahead && column < written);
+  wire signed [YW-1:0] ahead = write_row - read_row;
+  wire here = !in_image || ahead > 0 || (ahead == 0 && column < written);
 
+  localparam signed [YW-1:0] UP = (KH - 1) * DH;
+  localparam signed [YW-1:0] TO_NEXT = H - (OH - 1) * SH;  // from the last row of windows to the next image's first
+  localparam signed [XW-1:0] BACK = (KW - 1) * DW * CF;
   wire last_c = c == CF - 1, last_x = kx == KW - 1, last_y = ky == KH - 1;
-  wire last_word = last_c && last_x && last_y, last_column = ox == OW - 1, last_row = oy == OH - 1;
+  wire last_word = last_c && last_x && last_y, last_column = ox == OW - 1, end_row = last_word && last_column;
+  wire last_row = oy == 0;  // the next row of windows is the next image's first
+  wire turn = GROUPED != 0 ? last_x : last_x && last_c;  // on to the next row of the window
+  wire signed [YW-1:0] move_down = !turn ? 0 : !last_y ? DH : -UP;
+  wire signed [XW-1:0] move_right = GROUPED == 0
+      ? (!last_c ? 1 : !last_x ? (DW - 1) * CF + 1 : (last_y ? SW * CF : 0) - BACK - (CF - 1))
+      : (!last_x ? DW * CF : !last_y ? -BACK : !last_c ? 1 - BACK : SW * CF - BACK - (CF - 1));
+  wire signed [YW-1:0] now_base = next_top < 0 ? 0 : next_top > H ? H : next_top;
+  wire signed [YW-1:0] after = next_top + SH;
+  wire signed [YW-1:0] after_base = oy == OH - 1 ? H : after < 0 ? 0 : after > H ? H : after;
+  localparam signed [YW-1:0] FIRST_BASE = OH == 1 ? H : SH - PT < 0 ? 0 : SH - PT > H ? H : SH - PT;
 
   reg valid, padded;
   reg [W-1:0] data;
   wire moves = !valid || out_ready;
   wire issue = moves && here;
-  wire row_read = issue && last_word && last_column;
-  wire signed [YW-1:0] below = top + SH;
-  wire signed [YW-1:0] next_base = last_row ? H : below < 0 ? 0 : below > H ? H : below;
-  wire signed [YW-1:0] freed = row_read ? next_base - base : 0;
-  wire [RW-1:0] read_slot = base_slot + offset[RW-1:0];
 
   assign out_valid = valid;
   assign out_data  = padded ? PAD : data;
 
   always @(posedge clk) begin
-    if (push) words[{write_slot, write_column}] <= in_data;
+    if (push) words[{write_row[RW-1:0], write_column}] <= in_data;
     if (issue) begin
-      data   <= words[{read_slot, column[LW-1:0]}];
+      data   <= words[{read_row[RW-1:0], column[LW-1:0]}];
       padded <= !in_image;
     end
     if (rst) begin
-      ahead <= 0;
-      write_slot <= 0;
+      write_row <= 0;
       write_column <= 0;
-      base_slot <= 0;
       valid <= 0;
     end else begin
       if (moves) valid <= here;
-      ahead <= ahead + (row_written ? 1 : 0) - freed;
-      base_slot <= base_slot + freed[RW-1:0];
       if (push) write_column <= row_written ? 0 : write_column + 1'b1;
-      if (row_written) write_slot <= write_slot + 1'b1;
+      if (row_written) write_row <= write_row + 1;
     end
   end
 
   always @(posedge clk) begin
     if (rst) begin
-      oy <= 0;
+      oy <= OH == 1 ? 0 : 1;
       ox <= 0;
       ky <= 0;
       kx <= 0;
       c <= 0;
-      top <= -PT;
-      down <= 0;
-      left <= -PL * CF;
-      right <= 0;
+      row <= -PT;
+      read_row <= -PT;
+      column <= -PL * CF;
+      next_top <= OH == 1 ? -PT : SH - PT;
+      base_row <= 0;
+      advance <= FIRST_BASE;
     end else if (issue) begin
-      if (GROUPED == 0) begin
-        c <= last_c ? 0 : c + 1'b1;
-        if (last_c) kx <= last_x ? 0 : kx + 1'b1;
-        if (last_c && last_x) ky <= last_y ? 0 : ky + 1'b1;
-        if (last_c && last_x) down <= last_y ? 0 : down + DH;
-        right <= !last_c ? right + 1 : last_x ? 0 : right + (DW - 1) * CF + 1;
-      end else begin
-        kx <= last_x ? 0 : kx + 1'b1;
-        if (last_x) ky <= last_y ? 0 : ky + 1'b1;
-        if (last_x) down <= last_y ? 0 : down + DH;
-        if (last_x && last_y) c <= last_c ? 0 : c + 1'b1;
-        right <= !last_x ? right + DW * CF : !last_y ? $signed({1'b0, c}) : last_c ? 0 : $signed({1'b0, c}) + 1;
-      end
-      if (last_word) begin
-        ox   <= last_column ? 0 : ox + 1'b1;
-        left <= last_column ? -PL * CF : left + SW * CF;
-      end
-      if (last_word && last_column) begin
-        oy  <= last_row ? 0 : oy + 1'b1;
-        top <= last_row ? -PT : below;
+      if (GROUPED == 0 || (last_x && last_y)) c <= last_c ? 0 : c + 1'b1;
+      if (GROUPED != 0 || last_c) kx <= last_x ? 0 : kx + 1'b1;
+      if (turn) ky <= last_y ? 0 : ky + 1'b1;
+      if (last_word) ox <= last_column ? 0 : ox + 1'b1;
+      row <= end_row ? next_top : row + move_down;
+      read_row <= read_row + (end_row ? (last_row ? TO_NEXT : SH) - UP : move_down);
+      column <= end_row ? -PL * CF : column + move_right;
+      if (end_row) begin
+        oy <= oy == OH - 1 ? 0 : oy + 1'b1;
+        next_top <= oy == OH - 1 ? -PT : after;
+        base_row <= base_row + advance;
+        advance <= after_base - now_base;
       end
     end
   end
