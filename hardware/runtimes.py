@@ -5,10 +5,13 @@ Imports nothing of the package that loads torch: the measuring process uses this
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 Run = Callable[[Any], Any]
+ONE_CORE_EACH, SHARED_CORES = -2, -3  # how TVM's threads are pinned
 
 
 def open_onnxruntime(path: str, batch: int | None, threads: int, bf16: bool) -> Run:
@@ -56,7 +59,39 @@ def open_openvino(path: str, batch: int | None, threads: int, bf16: bool) -> Run
     return run
 
 
+def open_tvm(path: str, batch: int | None, threads: int, bf16: bool) -> Run:
+    """Open a folder of libraries that TVM made (`tvm_compile`); one for this batch size is made where it has none.
+
+    Args:
+        bf16: ignored, as the libraries say what they compute in.
+    """
+    # Read when TVM's threads start; by itself it takes half of them for hyper-threads.
+    os.environ["TVM_NUM_THREADS"] = str(threads)
+    import tvm
+    from tvm import relax
+
+    from .tvm_compile import compile_libraries, library_path
+
+    if batch is None:
+        raise ValueError("TVM compiles for a fixed batch size; got None")
+    folder = Path(path)
+    compile_libraries(folder, [batch])
+    # By itself TVM pins its threads to the machine's first cores, whatever this process may use.
+    cores = sorted(os.sched_getaffinity(0))
+    pinned = ONE_CORE_EACH if threads == len(cores) else SHARED_CORES
+    tvm.get_global_func("runtime.config_threadpool")(pinned, threads, [str(core) for core in cores])
+    machine = relax.VirtualMachine(tvm.runtime.load_module(str(library_path(folder, batch))), tvm.cpu())
+    compute = machine["main"]
+
+    def run(images: Any) -> Any:
+        result = compute(tvm.runtime.tensor(images))
+        return (result if hasattr(result, "numpy") else result[0]).numpy()
+
+    return run
+
+
 RUNTIMES: dict[str, Callable[[str, int | None, int, bool], Run]] = {
     "onnxruntime": open_onnxruntime,
     "openvino": open_openvino,
+    "tvm": open_tvm,
 }
