@@ -1,6 +1,6 @@
 """The loop that times: functions take turns, with a fixed piece of work between them that shows how fast the cores are.
 
-Imports Python and NumPy alone, so that this file also runs by itself on another machine.
+Imports Python (3.9 or later) and NumPy alone, so that this file also runs by itself on another machine.
 
 What counts as a sample:
 
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import os
 import resource
-import statistics
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -57,7 +56,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Timings:
-    """What `time_runs` found; of numbers, strings, lists and dicts alone, for JSON.
+    """What `time_runs` found.
 
     Attributes:
         samples: seconds of each run, by name and round.
@@ -69,16 +68,11 @@ class Timings:
     load: Load = field(default_factory=lambda: Load(0.0))
 
     @property
-    def fastest(self) -> list[float]:
-        """Seconds of the fixed work on each core, in the fastest quarter of the rounds."""
-        quarter = max(1, len(self.clock) // 4)
-        return [statistics.median(sorted(times)[:quarter]) for times in zip(*self.clock, strict=True)]
-
-    @property
     def slowness(self) -> list[float]:
-        """For each round, how much longer the fixed work took than in the fastest ones, on the worst core; a share."""
-        fastest = self.fastest
-        return [max(now / best for now, best in zip(times, fastest, strict=True)) - 1 for times in self.clock]
+        """For each round, how much longer the fixed work took than in the fastest quarter, on the worst core."""
+        clock = np.array(self.clock)
+        fastest = np.median(np.sort(clock, 0)[: max(1, len(clock) // 4)], 0)
+        return (np.max(clock / fastest, 1) - 1).tolist()
 
     @property
     def steady(self) -> list[int]:

@@ -30,7 +30,6 @@ from .onnx_export import export_onnx
 from .power import POWERCAP, declared_watts, energy_figures, find_packages
 from .runtimes import RUNTIMES
 from .statistics import median_interval
-from .timing import timings_from
 
 METRICS = ("latency", "throughput", "memory")
 ENERGY_METRICS = ("energy", "power", "idle_power")
@@ -154,15 +153,16 @@ class CpuBackend:
 
     def _measurements(self, answer: dict[str, Any]) -> list[Measurement]:
         source = provenance(f"{self.runtime} {self.version}", len(self.cores), Method.MEASURED)
-        timings = answer["timings"]
 
         def figure(name: str, unit: str, values: list[float]) -> Measurement:
             value, ends = median_interval(values)
             width = (ends[1] - ends[0]) / value if value else 0.0
             wide = (f"interval {100 * width:.0f} % wide",) if width > self.spread else ()
-            return Measurement(name, value, unit, ends, len(values), replace(source, flags=timings.doubts + wide))
+            return Measurement(name, value, unit, ends, len(values), replace(source, flags=(*answer["doubts"], *wide)))
 
-        found = [figure(name, "s", timings.counted(name)) for name in timings.samples]
+        found = [figure("latency", "s", answer["latency"])]
+        if answer["reference"]:
+            found.append(figure("reference_latency", "s", answer["reference"]))
         found.append(figure("throughput", "1/s", [answer["batch"] / seconds for seconds in answer["batch_times"]]))
         found.append(Measurement("memory", float(answer["memory"]), "B", None, 1, source))
         if answer["energy"]:
@@ -213,17 +213,18 @@ class CpuBackend:
         if done.returncode != 0:
             reason = f"killed by signal {-done.returncode}" if done.returncode < 0 else _last_line(done.stderr)
             raise CandidateError(f"{self.name}: the measurement failed: {reason}")
-        answer = json.loads(done.stdout)
-        return {**answer, "timings": timings_from(answer["timings"])}
+        return json.loads(done.stdout)
 
 
 def _doubt(answer: dict[str, Any], spread: float) -> tuple[int, float]:
     """How much to doubt an answer: number of reasons, then width of the widest interval; (0, 0.0) for not at all."""
-    timings, width = answer["timings"], 0.0
-    for name in timings.samples:
-        value, (low, high) = median_interval(timings.counted(name))
-        width = max(width, (high - low) / value)
-    return len(timings.doubts), width if width > spread or timings.doubts else 0.0
+    width = 0.0
+    for values in (answer["latency"], answer["reference"]):
+        if values:
+            value, (low, high) = median_interval(values)
+            width = max(width, (high - low) / value)
+    doubts = len(answer["doubts"])
+    return doubts, width if width > spread or doubts else 0.0
 
 
 def _first_line(text: str) -> str:
