@@ -10,7 +10,7 @@ TensorRT's way has not been run by us (see `trt_engine`); those of PyTorch and O
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
+import importlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -66,16 +66,20 @@ class GpuBackend:
     def capabilities(self) -> Capabilities:
         metrics: tuple[str, ...] = ("latency", "throughput", "energy", "power")
         if self.runtime == "tensorrt":
-            notes = ("zeros in 2:4 pattern are used from compute capability 8.0", "never run by us")
             return Capabilities(
-                (32, 16, 8), metrics, "all", notes, fast=(16, "bf16", 8),
-                sparsity=("2:4",), fixed_shapes=True,
-            )  # fmt: skip
+                bits=(32, 16, 8),
+                metrics=metrics,
+                outputs="all",
+                notes=("zeros in 2:4 pattern are used from compute capability 8.0", "never run by us"),
+                fast=(16, "bf16", 8),
+                sparsity=("2:4",),
+                fixed_shapes=True,
+            )
         if self.runtime == "onnxruntime":
-            notes = ("CUDA provider; rounded layers are computed in floating point",)
-            return Capabilities((32, 16), metrics, notes=notes, fast=(16,))
-        notes = ("rounding below 16 bits is imitated in floating point",)
-        return Capabilities((32, 16), (*metrics, "memory"), notes=notes, fast=(16, "bf16"))
+            told = "CUDA provider; rounded layers are computed in floating point"
+            return Capabilities((32, 16), metrics, notes=(told,), fast=(16,))
+        told = "rounding below 16 bits is imitated in floating point"
+        return Capabilities((32, 16), (*metrics, "memory"), notes=(told,), fast=(16, "bf16"))
 
     def missing(self) -> str | None:
         """What is not here and how to get it."""
@@ -166,7 +170,7 @@ class GpuBackend:
         return found + (energy_figures(answer["energy"], source) if answer["energy"] else [])
 
     def _source(self) -> Provenance:
-        version = importlib.metadata.version(self.runtime)
+        version = importlib.import_module(self.runtime).__version__  # of whichever package brings it
         if self.device == "cpu":
             return provenance(f"{self.runtime} {version}", method=Method.SIMULATED)
         import torch
