@@ -1,4 +1,4 @@
-"""A whole accelerator as SystemVerilog: the units of a pipeline from `rtl/`, wired up, with memory files and a test bench."""
+"""A whole accelerator as SystemVerilog: a pipeline's units from `rtl/`, wired up, memory files and a test bench."""
 
 from __future__ import annotations
 
@@ -88,7 +88,9 @@ def emit_pipeline(pipeline: Pipeline, tables: Tables, folder: Path) -> None:
 
 def _instance(number: int, node: Node, tables: Tables, folder: Path) -> str:
     """One unit with its parameters and connections."""
-    parameters = ", ".join(f".{key}({_literal(value)})" for key, value in _parameters(number, node, tables, folder))
+    parameters = ", ".join(
+        f".{key}({_literal(value)})" for key, value in _parameters(number, node, tables, folder).items()
+    )
     ports = []
     for side, streams in (("in", node.inputs), ("out", node.outputs)):
         for at, stream in enumerate(streams):
@@ -104,36 +106,30 @@ def _literal(value: int | str) -> str:
     return str(value) if abs(value) < 2**31 else f"{'-' if value < 0 else ''}64'sd{abs(value)}"
 
 
-def _parameters(number: int, node: Node, tables: Tables, folder: Path) -> list[tuple[str, int | str]]:
+def _parameters(number: int, node: Node, tables: Tables, folder: Path) -> dict[str, int | str]:
     match node.stage:
         case Matrix() | Depthwise():
-            return list(_with_memories(number, node, tables, folder).items())
+            return _with_memories(number, node, tables, folder)
         case Window() as s:
-            sizes = (s.size, s.kernel, s.stride, s.dilation, s.before, s.out)
-            names = (("H", "WD"), ("KH", "KW"), ("SH", "SW"), ("DH", "DW"), ("PT", "PL"), ("OH", "OW"))
-            pairs = [
-                (name, value)
-                for two, size in zip(names, sizes, strict=True)
-                for name, value in zip(two, size, strict=True)
-            ]
             element = s.bits // s.lanes
             pad = sum((s.pad & ((1 << element) - 1)) << (lane * element) for lane in range(s.lanes))
-            rest = [("W", s.bits), ("CF", s.fold), ("ROWS", s.rows), ("GROUPED", int(s.grouped))]
-            return [*rest, *pairs, *([("PAD", pad)] if pad else [])]
+            named: dict[str, int | str] = {"W": s.bits, "CF": s.fold, "ROWS": s.rows, "GROUPED": int(s.grouped)}
+            named |= {"H": s.size[0], "WD": s.size[1], "KH": s.kernel[0], "KW": s.kernel[1]}
+            named |= {"SH": s.stride[0], "SW": s.stride[1], "DH": s.dilation[0], "DW": s.dilation[1]}
+            named |= {"PT": s.before[0], "PL": s.before[1], "OH": s.out[0], "OW": s.out[1]}
+            return named | ({"PAD": pad} if pad else {})
         case Converter() as s:
-            return [("W", s.bits), ("IN", s.wide_in), ("OUT", s.wide_out)]
+            return {"W": s.bits, "IN": s.wide_in, "OUT": s.wide_out}
         case Fifo() as s:
-            return [("W", s.bits), ("DEPTH", s.depth), ("FAST", int(s.fast))]
+            return {"W": s.bits, "DEPTH": s.depth, "FAST": int(s.fast)}
         case Duplicator() as s:
-            return [("W", s.bits)]
+            return {"W": s.bits}
         case Pool() as s:
-            names = ("MUL", "BIAS", "SHIFT", "LOW")
-            sizes = [("PE", s.lanes), ("W", s.bits), ("O", s.out_bits), ("CF", s.fold), ("N", s.count)]
-            return [*sizes, ("SUM", int(s.sums)), *zip(names, s.scale, strict=True)]
+            named = {"PE": s.lanes, "W": s.bits, "O": s.out_bits, "CF": s.fold, "N": s.count, "SUM": int(s.sums)}
+            return named | dict(zip(("MUL", "BIAS", "SHIFT", "LOW"), s.scale, strict=True))
         case Adder() as s:
-            names = ("MUL0", "MUL1", "BIAS", "SHIFT", "LOW")
-            sizes = [("PE", s.lanes), ("W0", s.bits[0]), ("W1", s.bits[1]), ("O", s.out_bits)]
-            return [*sizes, *zip(names, s.scale, strict=True)]
+            named = {"PE": s.lanes, "W0": s.bits[0], "W1": s.bits[1], "O": s.out_bits}
+            return named | dict(zip(("MUL0", "MUL1", "BIAS", "SHIFT", "LOW"), s.scale, strict=True))
     raise TypeError(f"no such unit: {node.stage}")
 
 
