@@ -141,6 +141,15 @@ def read_operators(path: Path) -> tuple[OperatorCall, ...]:
 
 def operators_in_graph(proto: onnx.ModelProto) -> tuple[OperatorCall, ...]:
     """The same, of a graph in memory."""
+    steps, results = steps_in_graph(proto)
+    return fuse(steps, results)
+
+
+def steps_in_graph(proto: onnx.ModelProto) -> tuple[list[Step], list[str]]:
+    """The same before activations and biases join what they follow; also the values that the network returns.
+
+    A step's output is the value that its node makes; its inputs are what others made, apart from their rounding.
+    """
     graph = proto.graph
     shapes = _infer_shapes(proto)
     reader = GraphReader(graph)
@@ -161,7 +170,7 @@ def operators_in_graph(proto: onnx.ModelProto) -> tuple[OperatorCall, ...]:
         computed.update(node.output)
         call = _call(node, taken, shapes, reader, computed)
         steps.append(Step(call, sources, node.output[0]))
-    return fuse(steps, [plain.get(entry.name, entry.name) for entry in graph.output])
+    return steps, [plain.get(entry.name, entry.name) for entry in graph.output]
 
 
 def fuse(steps: Sequence[Step], results: Iterable[Any]) -> tuple[OperatorCall, ...]:
