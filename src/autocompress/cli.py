@@ -28,7 +28,7 @@ app = typer.Typer(
 app.add_typer(hardware_app, name="hardware")
 
 # Options that take several values in one go: `--objectives accuracy latency size`.
-_MANY = ("--objectives", "--constraints", "--bits", "--target")
+_MANY = ("--objectives", "--constraints", "--bits", "--target", "--columns")
 
 
 class Format(StrEnum):

@@ -119,3 +119,97 @@ def _show(rows: list[Compared], title: str, as_json: bool) -> None:
         typer.echo(json.dumps(compare_as_json(rows), indent=2))
     else:
         Console(highlight=False).print(compare_table(rows, title))
+
+
+@app.command()
+def profile(
+    target: Annotated[str, typer.Option(help="Such as x86/openvino.")],
+    model: Annotated[str, typer.Option(help="A name as for `search --model`.")],
+    out: Annotated[Path, typer.Option(help="Parquet file; one that is there is continued.")],
+    data: Annotated[str | None, typer.Option(help="As for `search --data`; default: noise of the right shape.")] = None,
+    space: Annotated[str, typer.Option(help="Candidates are drawn from it; as for `search --space`.")] = "auto",
+    granularity: Annotated[
+        str, typer.Option(help="stage or layer: what shares one choice in a stock space.")
+    ] = "layer",
+    samples: Annotated[int, typer.Option(help="Candidates whose operators are timed.")] = 60,
+    held_out: Annotated[
+        int, typer.Option(help="Further candidates that the table's error is measured on; 0: none.")
+    ] = 0,
+    image_size: Annotated[int, typer.Option(help="Pixels; 0: the model's own size.")] = 0,
+    threads: Annotated[int, _THREADS] = 0,
+    seed: Annotated[int, typer.Option(help="For drawing candidates.")] = 0,
+) -> None:
+    """Time the operators of a space on a target, for searches on `lookup:TABLE` that need no quiet machine."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .search.console import prepare
+
+    prepare()
+    from .hardware.profile import profile_model, table_error
+    from .hardware.targets import make_backend
+    from .search.config import make_config
+    from .search.run import make_space
+    from .tasks.models import load_task
+    from .tasks.noise import noise_task
+
+    if samples < 1 or held_out in (1, 2) or held_out < 0:
+        raise InputError(
+            f"expected --samples of 1 or more and --held-out 0, or 3 or more; got {samples} and {held_out}"
+        )
+    backend = make_backend(target, threads)
+    task = load_task(model, data, image_size=image_size) if data else noise_task(model, image_size)
+    config = make_config({"space": space, "granularity": granularity, "finetune_steps": 0, "seed": seed}, "profile")
+    plans = make_space(config, task, backend.capabilities)
+    console = Console(highlight=False)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("timing operators", total=samples)
+        table = profile_model(
+            task, backend, plans, out, samples=samples, seed=seed,
+            on_progress=lambda done, total, text: progress.update(bar, completed=done, total=total, description=text),
+        )  # fmt: skip
+    console.print(f"{out}: {len(table.rows)} operators of {model} on {target}")
+    if held_out:
+        error = table_error(out, task, backend, plans, candidates=held_out, seed=seed + 1)
+        console.print(
+            f"error on {error['candidates']} candidates that it has not seen: MAPE {error['mape']:.1%}, "
+            f"Spearman {error['spearman']:.3f}"
+        )
+    typer.echo(f"Use it with: autocompress search --target lookup:{out}")
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="CSV or Parquet: operators, or architectures with latencies.")],
+    out: Annotated[Path, typer.Option(help="Parquet file to write.")],
+    columns: Annotated[
+        list[str] | None, typer.Option(help="Where names differ: OURS=THEIRS, such as kind=op latency_ms=time.")
+    ] = None,
+    target: Annotated[str, typer.Option(help="What the latencies are of; default: the file's name.")] = "",
+) -> None:
+    """Bring in a table that others measured."""
+    from .hardware.lookup import LookupTable
+    from .hardware.table_import import import_table
+
+    pairs = [pair.partition("=") for text in columns or [] for pair in text.split(",")]
+    wrong = next((pair for pair in pairs if not (pair[0] and pair[2])), None)
+    if wrong:
+        raise InputError(f"--columns: expected OURS=THEIRS, got '{''.join(wrong)}'")
+    table = import_table(file, {ours: theirs for ours, _, theirs in pairs}, out, target=target)
+    if isinstance(table, LookupTable):
+        typer.echo(f"{out}: {len(table.rows)} operators")
+    else:
+        typer.echo(f"{out}: {len(table)} architectures on {', '.join(table.columns)}")
+
+
+@app.command()
+def setup(
+    target: Annotated[str, typer.Argument(help="arm/qemu: an aarch64 system to emulate.")],
+) -> None:
+    """Fetch what a target needs from the package registries that this machine uses; nothing else ever does."""
+    if target.partition("-")[0] != "arm/qemu":
+        raise InputError(f"setup: expected arm/qemu, got '{target}'; `hardware list` says how to get what others need")
+    from .hardware.qemu_setup import make_rootfs
+
+    folder = make_rootfs(say=typer.echo)
+    typer.echo(f"{folder}: ready")
