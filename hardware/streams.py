@@ -311,6 +311,11 @@ class Pool:
     module = "pool"
 
     @property
+    def registers(self) -> int:
+        """That a result goes through."""
+        return 4 if self.sums else 1
+
+    @property
     def takes(self) -> tuple[int, ...]:
         return (self.positions * self.count * self.fold,)
 
@@ -326,10 +331,12 @@ class Pool:
         last = np.arange(len(offered[0])).reshape(-1, self.count, self.fold)[:, -1].reshape(-1)
         bounds = offered[0].copy()
         after = last + 1
-        inside = after < len(bounds)
-        bounds[after[inside]] = np.maximum(bounds[after[inside]], left[0][inside])
+        within = after < len(bounds)
+        # What comes next waits until a result leaves its first register.
+        free = delayed(left[0], self.registers - 1)
+        bounds[after[within]] = np.maximum(bounds[after[within]], free[within])
         accepted = paced(bounds)
-        return (accepted,), (accepted[last] + 1,)
+        return (accepted,), (np.maximum(accepted[last] + self.registers, delayed(left[0], 1) + 1),)
 
 
 @dataclass(frozen=True)
@@ -373,6 +380,7 @@ class Adder:
     scale: tuple[int, int, int, int, int] = (1, 1, 0, 1, 0)
 
     module = "add"
+    registers = 3
 
     @property
     def takes(self) -> tuple[int, ...]:
@@ -387,5 +395,5 @@ class Adder:
         return self.words
 
     def times(self, offered: Several, taken: Several, left: Several) -> tuple[Several, Several]:
-        issued = paced(np.maximum(np.maximum(*offered), delayed(left[0], 1)))
-        return (issued, issued), (issued + 1,)
+        issued = paced(np.maximum(np.maximum(*offered), delayed(left[0], self.registers)))
+        return (issued, issued), (np.maximum(issued + self.registers, delayed(left[0], 1) + 1),)
