@@ -101,7 +101,10 @@ def layers_in_graph(proto: onnx.ModelProto) -> tuple[Layer, ...]:
             maker[step.output] = sources[0]
             continue
         maker[step.output] = len(layers)
-        layers.append(replace(_layer(step.call, kind, sources), value=step.output))
+        layer = _layer(step.call, kind, sources)
+        # A layer that a network runs several times is several.
+        uses = sum(other.name.split(" #")[0] == layer.name for other in layers)
+        layers.append(replace(layer, name=f"{layer.name} #{uses + 1}" if uses else layer.name, value=step.output))
     last = {maker[name] for name in results}
     if last != {len(layers) - 1} or not layers:
         raise CandidateError(
