@@ -161,7 +161,21 @@ def _choices_of(layers: Sequence[Layer], device: Device) -> _Choices:
             parts[row, : len(ways)] += np.stack([found.lut[piece], found.dsp[piece], found.bram[piece]], 1)
             outside[row, : len(ways)] = found.extrapolated[piece]
             at += len(ways)
-    return _Choices(folds, cycles, parts, outside)
+    kept = [_undominated(np.column_stack([cycles[row], parts[row]])[: len(ways)]) for row, ways in enumerate(folds)]
+    width = max(map(len, kept))
+    order = np.array([np.pad(ways, (0, width - len(ways)), mode="edge") for ways in kept])
+    rows = np.arange(len(layers))[:, None]
+    short = [[ways[at] for at in chosen] for ways, chosen in zip(folds, kept, strict=True)]
+    padded = np.arange(width) >= np.array([len(ways) for ways in kept])[:, None]
+    cycles = np.where(padded, np.iinfo(np.int64).max // 2, cycles[rows, order])
+    return _Choices(short, cycles, parts[rows, order], outside[rows, order])
+
+
+def _undominated(costs: np.ndarray) -> np.ndarray:
+    """Numbers of the rows that no other row is below in everything; of equal ones the first."""
+    below = (costs[:, None] <= costs[None]).all(2)
+    better = below & ~(below.T & (np.arange(len(costs))[:, None] >= np.arange(len(costs))[None]))
+    return np.flatnonzero(~better.any(0))
 
 
 def _beside(layer: Layer, fold: Fold, device: Device) -> Need:
@@ -208,7 +222,25 @@ def _pick(choices: _Choices, interval: int, budget: np.ndarray) -> np.ndarray:
             break
         weights *= (np.maximum(full, 0.02) / full.max()) ** (1 / (1 + number / 6))
         weights /= weights.sum()
-    return best
+    return best if least <= 1 else _repaired(choices, best, np.isinf(barred), budget)
+
+
+def _repaired(choices: _Choices, picked: np.ndarray, barred: np.ndarray, budget: np.ndarray) -> np.ndarray:
+    """Layers changed one by one, while that brings what is used closer to the budget.
+
+    One set of prices treats layers of one shape alike, where some of them should use what others leave.
+    """
+    rows, picked = np.arange(len(picked)), picked.copy()
+    budget = np.maximum(budget, 1e-9)
+    parts = np.where(barred[..., None], np.inf, choices.parts) / budget
+    for _ in range(len(rows) * 2):
+        use = parts[rows, picked]
+        over = np.maximum(use.sum(0)[None, None] - use[:, None] + parts - 1, 0).sum(2)
+        layer, way = np.unravel_index(over.argmin(), over.shape)
+        if over[layer, way] >= np.maximum(use.sum(0) - 1, 0).sum():
+            break
+        picked[layer] = way
+    return picked
 
 
 def _fits(choices: _Choices, picked: np.ndarray, budget: np.ndarray) -> bool:

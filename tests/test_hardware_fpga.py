@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import nn
 
 from autocompress import Prune, Quantize, Task
@@ -19,7 +20,7 @@ from autocompress.evaluators.metrics import parity_error
 from autocompress.hardware.accelerator import Fold, cycles_of, time_pipeline
 from autocompress.hardware.cycles import solve
 from autocompress.hardware.dataflow import Layer, read_layers
-from autocompress.hardware.folding import Device, fold_network
+from autocompress.hardware.folding import Device, _choices, fold_network
 from autocompress.hardware.fpga import DEVICES, FpgaBackend, plan_accelerator
 from autocompress.hardware.fpga_emit import compile_network, emit, simulate_network
 from autocompress.hardware.fpga_resources import resources
@@ -159,6 +160,26 @@ def test_the_folding_is_the_best_of_all_foldings() -> None:
         assert found.need.dsp <= dsps
         assert found.need.bram <= brams
         assert found.interval == best_interval(layers, device)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_no_folding_of_resnet20_is_shorter_by_an_exact_solver(bits: int) -> None:
+    layers = in_bits(resnet20(), bits)
+    found = fold_network(layers, ECP5_85)
+    assert not fits_in_shorter(layers, ECP5_85, found.interval)
+
+
+def fits_in_shorter(layers: tuple[Layer, ...], device: Device, interval: int) -> bool:
+    """Whether one way can be chosen for each layer so that all take less than `interval` cycles and fit the device."""
+    choices = _choices(layers, device)
+    ways = np.argwhere(choices.cycles < interval)
+    parts = choices.parts[ways[:, 0], ways[:, 1]].T
+    once = (ways[:, 0] == np.arange(len(layers))[:, None]).astype(float)
+    budget = [device.luts * device.fill, device.dsps, device.brams]
+    rules = [LinearConstraint(parts, -np.inf, budget), LinearConstraint(once, 1, 1)]
+    solved = milp(np.zeros(len(ways)), constraints=rules, integrality=np.ones(len(ways)), bounds=Bounds(0, 1))
+    assert solved.status in (0, 2)  # optimal or infeasible
+    return solved.x is not None
 
 
 def best_interval(layers: tuple[Layer, ...], device: Device) -> int:
