@@ -24,7 +24,7 @@ from .accelerator import Timed, time_pipeline
 from .dataflow import Layer, read_layers
 from .device import provenance
 from .folding import Device, Folding, fold_network
-from .fpga_resources import network_fmax
+from .fpga_resources import network_fmax, stated_error
 from .mvtu import Unit
 from .qdq import has_integer_kernel
 from .rounded import rounded_to_8_bits
@@ -173,8 +173,9 @@ class FpgaBackend:
     def measure(self, artifact: Artifact, task: Task, reference: Artifact | None) -> list[Measurement]:
         """Latency of one image (and the reference's), images a second, and what the accelerator takes.
 
-        Latency: from the first word of an image to the last word of its result. The interval spans the clock's. Energy:
-        what a board with the device takes in that time.
+        Latency: from the first word of an image to the last word of its result; what a host adds is not in it. Its
+        interval spans the clock's. Energy: what a board with the device takes in that time. The interval of the look-up
+        tables spans the largest error on units that were not fitted on; no unit outside that range has one.
 
         Raises:
             CandidateError: the network does not fit, or needs a unit that there is none for.
@@ -197,8 +198,12 @@ class FpgaBackend:
             power = dataclasses.replace(source, flags=(*source.flags, "power of other networks on such a board"))
             found.append(Measurement("energy", (low + high) / 2 * latency.value, "J", between, 1, power))
         counted = dataclasses.replace(source, method=Method.PREDICTED)
-        for name, value in (("luts", round(plan.need.lut)), ("dsps", plan.need.dsp), ("brams", plan.need.bram)):
-            found.append(Measurement(name, float(value), "", None, 1, counted))
+        luts = plan.need.lut
+        error = stated_error(self.device.family)["lut"]["largest"]
+        between_luts = None if plan.folding.extrapolated else (luts * (1 - error), luts * (1 + error))
+        found.append(Measurement("luts", float(round(luts)), "", between_luts, 1, counted))
+        found.append(Measurement("dsps", float(plan.need.dsp), "", None, 1, counted))
+        found.append(Measurement("brams", float(plan.need.bram), "", None, 1, counted))
         return found
 
     def _seconds(

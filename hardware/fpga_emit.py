@@ -29,7 +29,8 @@ class Emitted:
 
     Attributes:
         cycles: from the first word of an image to the last word of its result.
-        dsp: whether layers multiply in the device's multipliers.
+        dsp: whether layers multiply in the device's multipliers; Yosys is told so for a whole circuit, so that where
+            one layer is to, all do.
     """
 
     folder: Path

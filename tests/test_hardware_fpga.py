@@ -12,10 +12,11 @@ import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import nn
 
+import autocompress as ac
 from autocompress import Prune, Quantize, Task
 from autocompress.core.errors import CandidateError, InputError
 from autocompress.core.notes import collect_notes
-from autocompress.core.types import Artifact, Method
+from autocompress.core.types import Artifact, Method, State
 from autocompress.evaluators.metrics import parity_error
 from autocompress.hardware.accelerator import Fold, cycles_of, time_pipeline
 from autocompress.hardware.cycles import solve
@@ -373,3 +374,24 @@ def test_a_placed_and_routed_network_takes_what_was_predicted(
     assert figures["brams"].value == pytest.approx(plan.need.bram, abs=4)
     assert figures["luts"].value == pytest.approx(plan.need.lut, rel=0.2)
     assert figures["clock"].value > 60e6
+
+
+@pytest.mark.slow
+def test_a_search_for_an_fpga_gives_simulated_figures(tmp_path: Path) -> None:
+    study = ac.run_search(
+        "digits-cnn",
+        "digits",
+        target="fpga/ecp5-45",
+        trials=6,
+        executor="inline",
+        finetune_steps=20,
+        out=tmp_path / "run",
+    )
+    records = study.records()
+    complete = [record for record in records if record.state is State.COMPLETE]
+    assert {record.baseline for record in complete} >= {"untouched", "uniform int8", "uniform pruning"}
+    for record in complete:
+        assert record.metrics["latency"].provenance.method is Method.SIMULATED
+        assert record.metrics["accuracy"].provenance.method is Method.SIMULATED
+        assert record.artifact is not None
+        assert all(formats["weight"] <= 8 for formats in record.artifact.bits.values())
