@@ -2,10 +2,12 @@
 
     python examples/ecp5_table.py lines.jsonl           (about 90 minutes of one core; goes on where it stopped)
     python examples/ecp5_table.py lines.jsonl --pack    (then: write hardware/tables/ecp5.json)
+    python examples/ecp5_table.py other.jsonl --backwards             (the last points first, on another core)
     python examples/ecp5_table.py fresh.jsonl --fresh 24 --seed 7     (points that no fit has seen)
 
 Weights and thresholds are random. For the ECP5-85, speed grade 6, figures are after place and route; for Xilinx's
-7 series after synthesis alone, so that no clock is known.
+7 series after synthesis alone, so that no clock is known. Half of the ECP5's points are packed but not placed: their
+cells are counted all the same, their clock is unknown.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ def rough_size(unit: Unit) -> float:
 
 
 def random_unit(rng: random.Random, largest: float) -> Unit:
-    """A unit of at most `largest` rough look-up tables and at least a quarter of that, or a small one."""
+    """A unit of 150 to `largest` rough look-up tables."""
     while True:
         pe, simd = rng.choice((1, 2, 3, 4, 6, 8, 12, 16)), rng.choice((1, 2, 3, 4, 5, 6, 8, 9, 12, 16))
         w, a = rng.choice((1, 1, 2, 3, 4, 5, 6, 8)), rng.choice((1, 2, 3, 4, 5, 6, 8))
@@ -57,39 +59,51 @@ def random_unit(rng: random.Random, largest: float) -> Unit:
 
 
 def unit_points(count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Random units; every eighth is a large one, every fourth is held out of the fit."""
+    """Random units; every eighth is a large one, every fourth is held out of the fit, every second one is routed."""
     rng = random.Random(seed)
     for number in range(count):
         unit = random_unit(rng, LARGE if number % 8 == 7 else LARGEST)
-        role = "held out" if number % 4 == 2 else "fit"
-        yield {"kind": "unit", "role": role, **{name: getattr(unit, name) for name in FIELDS}}
+        kind = {"kind": "unit", "role": "held out" if number % 4 == 2 else "fit", "routed": number % 2 == 0}
+        yield {**kind, **{name: getattr(unit, name) for name in FIELDS}}
 
 
 def plan(units: int, seed: int) -> list[dict[str, Any]]:
     """All points, in the order in which they are done: what the fit needs comes first."""
     products = [
-        {"kind": "product", "role": "fit", "w": w, "a": a, "dsp": False} for w in range(1, 9) for a in range(1, 9)
-    ]
-    multiplied = [
-        {"kind": "product", "role": "fit", "w": w, "a": a, "dsp": True, "route": False}
-        for w in range(2, 9)
+        {"kind": "product", "role": "fit", "routed": False, "w": w, "a": a, "dsp": False}
+        for w in range(1, 9)
         for a in range(1, 9)
     ]
+    multiplied = [
+        {"kind": "product", "role": "fit", "routed": False, "w": w, "a": a, "dsp": True}
+        for w, a in ((2, 1), (2, 2), (3, 1), (4, 4), (8, 8))
+    ]
     rescaled = [
-        {"kind": "requantise", "role": "fit", "acc": acc, "o": 8, "dsp": dsp}
+        {"kind": "requantise", "role": "fit", "routed": False, "acc": acc, "o": 8, "dsp": dsp}
         for acc in (8, 12, 14, 16, 18, 19, 20, 22, 24, 28)
         for dsp in (True, False)
     ]
     whole = list(unit_points(units, seed))
-    points: list[dict[str, Any]] = []
-    for number, point in enumerate(whole):
-        points.append(point)
-        if number % 2 == 0:
-            points.append({**point, "family": "xc7"})
-    xilinx = [{**point, "family": "xc7"} for point in [*products, *multiplied, *rescaled[::2]] if "route" not in point]
+    xilinx = [{**point, "family": "xc7", "routed": False} for point in [*products, *rescaled, *whole[::2]]]
     again = [{**point, "pnr_seed": seed} for point in whole[: 2 * len(whole) // 3 : 4] for seed in (2, 3)]
-    first = points[: len(points) // 3]
-    return [*first[:12], *multiplied, *products, *rescaled, *first[12:], *xilinx, *points[len(first) :], *again]
+    half = len(whole) // 2
+    first = [*whole[:12], *multiplied, *products, *rescaled]
+    return [*first, *whole[12:half], *stream_points(), *xilinx, *whole[half:], *again]
+
+
+def stream_points() -> Iterator[dict[str, Any]]:
+    """Sliding windows, width converters and FIFOs, whose parameters are kept by the modules' own names."""
+    for width, size, channels, kernel in (
+        (4, 16, 1, 3), (8, 16, 4, 3), (16, 32, 2, 3), (32, 8, 8, 5), (8, 32, 1, 5), (16, 16, 16, 3), (64, 8, 4, 3),
+    ):  # fmt: skip
+        pad = kernel // 2
+        rows = 4 if kernel == 3 else 8
+        image = {"H": size, "WD": size, "OH": size, "OW": size, "KH": kernel, "KW": kernel, "PT": pad, "PL": pad}
+        yield {"kind": "swu", "W": width, "CF": channels, **image, "ROWS": rows}
+    for width, wide_in, wide_out in ((4, 1, 4), (4, 4, 1), (8, 1, 16), (8, 16, 1), (2, 8, 2), (8, 2, 8)):
+        yield {"kind": "dwc", "W": width, "IN": wide_in, "OUT": wide_out}
+    for width, depth in ((8, 2), (8, 16), (32, 32), (16, 64), (64, 4), (16, 256), (32, 1024)):
+        yield {"kind": "fifo", "W": width, "DEPTH": depth, "FAST": int(depth <= 64)}
 
 
 def memories(unit: Unit, folder: Path, seed: int) -> dict[str, int | str]:
@@ -118,6 +132,8 @@ def circuit(point: dict[str, Any], folder: Path, seed: int) -> tuple[str, dict[s
         parameters = memories(unit, folder, seed)
         kept = {name: parameters[name] for name in ("PE", "ACC", "O", "SHIFT")}
         return "mvtu_requantise", {**kept, "NF": 16, "FILE": parameters["THRESHOLDS"]}
+    if point["kind"] != "unit":
+        return point["kind"], {name: value for name, value in point.items() if name.isupper()}
     unit = Unit(**{name: point[name] for name in FIELDS})
     return "mvtu", memories(unit, folder, seed)
 
@@ -129,14 +145,12 @@ def run_point(point: dict[str, Any], seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         top, parameters = circuit(point, folder, seed)
-        cells = synthesise(folder, [RTL / "mvtu.sv"], top, parameters, point["dsp"], family)
+        source = RTL / f"{top.partition('_')[0]}.sv"
+        cells = synthesise(folder, [source], top, parameters, point.get("dsp", True), family)
         if family == "xc7":
             figures = xilinx_figures(cells)
-        elif not point.get("route", True):
-            figures = {"dsp": cells.get("MULT18X18D", 0), "ff": cells.get("TRELLIS_FF", 0)}
-            figures["lut"] = cells.get("LUT4", 0) + 2 * cells.get("CCU2C", 0)
         else:
-            figures = place_and_route(folder, seed=point.get("pnr_seed", 1))
+            figures = place_and_route(folder, point.get("pnr_seed", 1), pack_only=not point.get("routed", True))
     return {**figures, "seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -145,13 +159,13 @@ def pack(lines: list[dict[str, Any]]) -> None:
     kinds: dict[str, dict[str, Any]] = {}
     for line in lines:
         point, figures = line["point"], line["figures"]
-        columns = [name for name in FIELDS if name in point and name != "dsp"]
+        columns = [name for name in point if name.isupper() or (name in FIELDS and name != "dsp")]
         kind = kinds.setdefault(point["kind"], {"columns": [], "rows": []})
         kind["columns"] = [*columns, "dsp_wanted", "family", "routed", "pnr_seed", "role", *FIGURES]
-        routed = point.get("family", "ecp5") == "ecp5" and point.get("route", True)
-        settings = [point["dsp"], point.get("family", "ecp5"), routed, point.get("pnr_seed", 1), point["role"]]
+        settings = [point.get("dsp", True), point.get("family", "ecp5"), point.get("routed", True)]
+        settings += [point.get("pnr_seed", 1), point.get("role", "fit")]
         kind["rows"].append([*(point[name] for name in columns), *settings, *(figures.get(name) for name in FIGURES)])
-    note = "ecp5: place and route on LFE5UM-85F, CABGA756, speed grade 6; xc7 and rows not routed: synthesis alone"
+    note = "ecp5: LFE5UM-85F, CABGA756, speed grade 6, placed and routed or only packed; xc7: synthesis alone"
     head = json.dumps({"note": note, "tools": tool_versions(), "weights_seed": lines[0]["seed"]}, indent=1)[:-2]
     body = ",\n".join(
         f' "{name}": {{"columns": {json.dumps(kind["columns"])}, "rows": [\n'
@@ -170,6 +184,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fresh", type=int, default=0, help="this many random units instead of the plan")
     parser.add_argument("--family", default="ecp5", help="of --fresh")
+    parser.add_argument("--backwards", action="store_true", help="the last points first")
     parser.add_argument("--pack", action="store_true", help="write the table from the lines")
     options = parser.parse_args()
     lines = [json.loads(line) for line in options.lines.read_text().splitlines()] if options.lines.exists() else []
@@ -177,9 +192,12 @@ def main() -> None:
         pack(lines)
         return
     points = list(unit_points(options.fresh, options.seed)) if options.fresh else plan(options.units, options.seed)
+    points = [{**point, "routed": True} for point in points] if options.fresh else points
     if options.fresh and options.family != "ecp5":
-        points = [{**point, "family": options.family} for point in points]
+        points = [{**point, "family": options.family, "routed": False} for point in points]
     done = {json.dumps(line["point"], sort_keys=True) for line in lines}
+    if options.backwards:
+        points.reverse()
     for number, point in enumerate(points):
         if json.dumps(point, sort_keys=True) in done:
             continue
