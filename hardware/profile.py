@@ -11,6 +11,10 @@ not profiled was met less well with them (mean error with chains for these convo
 Machines wander, by a factor of two on virtual ones. So everything is timed in turns with the untouched network and kept
 as a share of its latency; seconds are that share of the median over all files. That does not help where a second thread
 is a help at one time and a hindrance at another, as on busy virtual cores: tables are best made with one thread there.
+
+Candidates should come from the space that will be searched. What it costs to go from one format to another counts for
+the operators on either side: a table of candidates with one format for each stage put networks that mix them layer by
+layer 14 % too low (8 ResNet-20 candidates, ONNX Runtime); one made from 33 such candidates was off by 1.6 %.
 """
 
 from __future__ import annotations
