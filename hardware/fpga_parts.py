@@ -113,7 +113,7 @@ def lut_parts(
     """
     s = Shape(units)
     tree = _tree(s, family)
-    hard = s.multiplied & (s.w > 1) & ((family == "ecp5") | (s.w + s.a + 1 >= 9))
+    hard = s.multiplied & (s.w > 1) & ((family == "ecp5") | (s.w + s.a >= 9))
     soft = np.where(hard, 0.0, product[s.w - 1, s.a - 1])
     rescaler = {name: np.interp(s.acc, rescaling["acc"], rescaling[name]) for name in ("hard", "soft")}
     weights, weight_joins = _read_only(s.weight_bits, s.steps * s.groups, family)
@@ -160,7 +160,7 @@ def ff_parts(units: Mapping[str, np.ndarray], family: str) -> dict[str, np.ndarr
     s = Shape(units)
     tree = _tree(s, family)
     # Yosys puts the registers about a multiplier of the 7 series into it.
-    packed = (family == "xc7") & s.multiplied & (s.w > 1) & (s.w + s.a + 1 >= 9)
+    packed = (family == "xc7") & s.multiplied & (s.w > 1) & (s.w + s.a >= 9)
     rescaled = s.rescaled & ~((family == "xc7") & s.multiplied)
     columns = np.where(s.in_luts, 2 * _columns(s.weight_bits, s.steps * s.groups), s.weight_bits)
     thresholds, totals, known = (np.zeros(len(s.pe)) for _ in range(3))
@@ -205,7 +205,7 @@ def dsp(units: Mapping[str, np.ndarray], family: str) -> np.ndarray:
     # A product one bit wider than the multiplier has that bit done in look-up tables.
     widest = 18 if family == "ecp5" else 25
     # On the 7 series, Yosys leaves products of less than 9 bits to look-up tables.
-    hard = (s.w > 1) & ((family == "ecp5") | (s.w + s.a + 1 >= 9))
+    hard = (s.w > 1) & ((family == "ecp5") | (s.w + s.a >= 9))
     each = np.where(hard, s.simd, 0) + np.where(s.rescaled, np.ceil((s.acc - 1) / widest), 0)
     return np.where(s.multiplied, s.pe * each, 0).astype(np.int64)
 
