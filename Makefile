@@ -20,8 +20,9 @@ demo: $(STAMP)
 	$(BIN)/autocompress search --model digits-cnn --data digits --target x86/openvino \
 	    --objectives accuracy latency size --trials 16 --workers 2 --out runs/demo
 
+# Two at a time: most tests wait for one core. Those of one file share their fixtures.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout 3600

@@ -129,9 +129,9 @@ class AgentBackend:
 
         found = self._talk(ask)
         for _ in range(self.attempts - 1):
-            if _width(found["answer"]) <= self.spread:
+            if _doubt(found["answer"], self.spread) == (0, 0.0):
                 break
-            found = min(found, self._talk(ask), key=lambda one: _width(one["answer"]))
+            found = min(found, self._talk(ask), key=lambda one: _doubt(one["answer"], self.spread))
         return self._figures(found)
 
     def _predict(self, artifact: Artifact, inputs: np.ndarray, batch: int) -> np.ndarray:
@@ -151,23 +151,24 @@ class AgentBackend:
 
     def _figures(self, found: Message) -> list[Measurement]:
         board, answer, threads = found["board"], found["answer"], len(found["cores"])
-        taken_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         source = Provenance(
             Method.MEASURED,
             f"{board['board']}, {threads} thread{'s' if threads > 1 else ''}",
             f"onnxruntime {board['versions']['onnxruntime']}",
-            taken_at,
-            state_flags(found["before"], found["after"]) + (("wide interval",) if _width(answer) > self.spread else ()),
+            datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
-        figures = []
-        for name, key in (("latency", "latency"), ("reference_latency", "reference")):
-            if answer[key]:
-                value, ends = median_interval(answer[key])
-                figures.append(Measurement(name, value, "s", ends, len(answer[key]), source))
-        pace, ends = median_interval(answer["batch_times"])
-        batch = answer["batch"]
-        interval = (batch / ends[1], batch / ends[0])
-        figures.append(Measurement("throughput", batch / pace, "1/s", interval, len(answer["batch_times"]), source))
+        doubts = (*state_flags(found["before"], found["after"]), *answer["doubts"])
+
+        def figure(name: str, unit: str, values: list[float]) -> Measurement:
+            value, ends = median_interval(values)
+            wide = (ends[1] - ends[0]) / value
+            flags = (*doubts, f"interval {100 * wide:.0f} % wide") if wide > self.spread else doubts
+            return Measurement(name, value, unit, ends, len(values), replace(source, flags=flags))
+
+        figures = [figure("latency", "s", answer["latency"])]
+        if answer["reference"]:
+            figures.append(figure("reference_latency", "s", answer["reference"]))
+        figures.append(figure("throughput", "1/s", [answer["batch"] / seconds for seconds in answer["batch_times"]]))
         figures.append(Measurement("memory", float(answer["memory"]), "B", None, 1, source))
         return figures
 
@@ -196,14 +197,15 @@ def state_flags(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[st
     return (*flags, *sorted({*before["throttling"], *after["throttling"]}))
 
 
-def _width(answer: Mapping[str, Any]) -> float:
-    """Width of the latency's 95 % interval (the wider one's, of candidate and reference), as a share of it."""
-    widths = []
-    for key in ("latency", "reference"):
-        if answer[key]:
-            value, (low, high) = median_interval(answer[key])
-            widths.append((high - low) / value)
-    return max(widths)
+def _doubt(answer: Mapping[str, Any], spread: float) -> tuple[int, float]:
+    """How much to doubt an answer: number of reasons, then width of the widest interval; (0, 0.0) for not at all."""
+    width = 0.0
+    for values in (answer["latency"], answer["reference"]):
+        if values:
+            value, (low, high) = median_interval(values)
+            width = max(width, (high - low) / value)
+    doubts = len(answer["doubts"])
+    return doubts, width if width > spread or doubts else 0.0
 
 
 @atexit.register

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import os
 import re
@@ -23,7 +24,10 @@ from .board_wire import PROTOCOL, Message, Wire, WireError, proof
 
 PORT = 8765
 PYTHON = "AUTOCOMPRESS_AGENT_PYTHON"
-SHIPPED = ("board_agent", "board_state", "board_wire", "probe", "runtimes", "timing")
+SHIPPED = (
+    *(f"hardware.{name}" for name in ("board_agent", "board_state", "board_wire", "probe", "runtimes")),
+    "hardware.timing",
+)
 SILENCE = 30.0  # seconds without a sign of life after which a board is lost
 START = 60.0  # seconds that logging in and starting the program may take
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=10")
@@ -46,28 +50,30 @@ _HOST = re.compile(r"(?P<host>(?:[\w.]+[\w.-]*@)?(?:\w[\w.-]*|\[[0-9A-Fa-f:.]+\]
 
 def agent_archive() -> bytes:
     """The program for the board as one file that Python runs (.pyz)."""
-    return python_archive("board_agent", SHIPPED)
+    return python_archive("hardware.board_agent", SHIPPED)
 
 
 def python_archive(main: str, modules: Sequence[str]) -> bytes:
-    """Modules of this layer as one file that any Python runs (.pyz); the same bytes for the same sources.
+    """Modules of this package as one file that any Python runs (.pyz); the same bytes for the same sources.
 
     Args:
-        main: the module whose `main()` runs.
+        main: the module whose `main()` runs, such as "hardware.board_agent".
         modules: all that it needs, itself included; they import each other and installed packages alone.
     """
+    root = __name__.partition(".")[0]
+    packages = {root, *(f"{root}.{name.rpartition('.')[0]}" for name in modules)}
+    texts = {f"{package}.__init__": "" for package in packages}
+    for name in modules:
+        spec = importlib.util.find_spec(f"{root}.{name}")
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(f"{root}.{name}")
+        texts[f"{root}.{name}"] = Path(spec.origin).read_text(encoding="utf-8")
+    texts["__main__"] = f"from {root}.{main} import main\n\nmain()\n"
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
-
-        def add(name: str, text: str) -> None:
-            archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), text, zipfile.ZIP_DEFLATED)
-
-        add("__main__.py", f"from autocompress.hardware.{main} import main\n\nmain()\n")
-        for package in ("autocompress", "autocompress/hardware"):
-            add(f"{package}/__init__.py", "")
-        for name in modules:
-            source = Path(__file__).with_name(f"{name}.py")
-            add(f"autocompress/hardware/{name}.py", source.read_text(encoding="utf-8"))
+        for module, text in sorted(texts.items()):
+            entry = zipfile.ZipInfo(f"{module.replace('.', '/')}.py", (1980, 1, 1, 0, 0, 0))
+            archive.writestr(entry, text, zipfile.ZIP_DEFLATED)
     return content.getvalue()
 
 

@@ -10,6 +10,7 @@ from . import boards as _boards  # noqa: F401
 from . import fpga as _fpga  # noqa: F401
 from . import gpu as _gpu  # noqa: F401
 from . import lookup_backend as _lookup  # noqa: F401
+from . import qemu as _qemu  # noqa: F401
 from . import tpu as _tpu  # noqa: F401
 from . import tvm as _tvm  # noqa: F401
 from . import x86 as _x86  # noqa: F401

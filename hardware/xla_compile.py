@@ -92,13 +92,17 @@ def time_on_device(request: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
     device = jax.devices(request["platform"])[0]
-    answer: dict[str, Any] = {"kind": device.device_kind, "latency": [], "reference": [], "memory": None}
+    answer: dict[str, Any] = {"kind": device.device_kind, "latency": [], "reference": [], "batches": [], "memory": None}
     if request["kind"] not in ("", device.device_kind):
         return answer
     runs = {}
-    for name, key in (("latency", "path"), ("reference", "reference")):
-        if request[key]:
-            model = _load(request[key], request)
+    for name, key, batch in (
+        ("latency", "path", 1),
+        ("reference", "reference", 1),
+        ("batches", "path", request["batch"]),
+    ):
+        if request[key] and batch:
+            model = _load(request[key], {**request, "batch": batch})
             inputs = np.zeros(model.inputs.shape, np.int32)
             if model.inputs.dtype != np.int32:
                 inputs = np.random.default_rng(0).standard_normal(model.inputs.shape).astype(model.inputs.dtype)

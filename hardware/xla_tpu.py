@@ -70,12 +70,14 @@ class XlaTpuBackend:
             f"estimated by the XLA compiler for the TPU: within about {share}; the host's part (dispatch) is not in it",
             "floating point runs in bfloat16",
         ]
+        if chip.pci and chip.pci in attached():
+            notes[0] = "timed on the chip in this machine, the host's part (dispatch) included"
         if chip.one_core:
             notes.append(f"figures are of one of the chip's {chip.cores} cores")
         if not chip.int8:
             notes.append("no 8-bit products: rounded layers run in bfloat16")
         elif chip.fast_int8:
-            notes.append("layers with weights and inputs in 8 bits multiply integers; narrow ones gain nothing")
+            notes.append("layers with weights and inputs in 8 bits multiply integers, which pays in batches")
         else:
             notes.append("layers with weights and inputs in 8 bits multiply integers, no faster than bfloat16")
         notes.append("accuracy is that of ONNX Runtime on this machine")
@@ -135,7 +137,7 @@ class XlaTpuBackend:
         if self.chip.pci and self.chip.pci in attached():
             timed = time_files(self, artifact, task, reference, "tpu")
             if timed:
-                return timed
+                return timed + self._energy(timed[0])
         answer = self._compile(artifact, task, 1)
         source = self._provenance(answer)
         latency = self._estimate("latency", self._seconds(answer), "s", source)
@@ -202,7 +204,7 @@ class XlaTpuBackend:
 def time_files(
     backend: XlaTpuBackend, artifact: Artifact, task: Task, reference: Artifact | None, platform: str
 ) -> list[Measurement]:
-    """Latency of single inputs on a device of this machine, taken in turns with the reference's, and memory.
+    """Latency of single inputs on a device of this machine, taken in turns with the reference's; throughput; memory.
 
     Args:
         platform: JAX's name: "tpu" for the backend's chip; on another, such as "cpu", the figures are of that device
@@ -216,7 +218,7 @@ def time_files(
         "kind": backend.chip.kind if platform == "tpu" else "",
         "path": str(artifact.path),
         "reference": str(reference.path) if reference else "",
-        "batch": 1,
+        "batch": backend.batch,
         "input_shape": list(task.data.input_shape),
         "floats": "bfloat16",
         "integers": backend.chip.int8,
@@ -231,6 +233,11 @@ def time_files(
         if answer[key]:
             value, ends = median_interval(answer[key])
             found.append(Measurement(name, value, "s", ends, len(answer[key]), source))
+    if answer["batches"]:
+        pace, ends = median_interval(answer["batches"])
+        rate, interval = backend.batch / pace, (backend.batch / ends[1], backend.batch / ends[0])
+        marked = dataclasses.replace(source, flags=(f"batch {backend.batch}",))
+        found.append(Measurement("throughput", rate, "1/s", interval, len(answer["batches"]), marked))
     if found and answer["memory"] is not None:
         found.append(Measurement("memory", float(answer["memory"]), "B", None, 1, source))
     return found

@@ -58,6 +58,26 @@ def run_cli(cache_folder: Path) -> RunCli:
     return run
 
 
+@pytest.fixture
+def call_cli(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run `autocompress ARGS` in this process, in `tmp_path`; returns exit code, output and errors."""
+    from autocompress.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the command adds its working folder
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["autocompress", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out, said.err
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def small_run(run_cli: RunCli, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished search over seven digits models; read only, copy it to change it."""

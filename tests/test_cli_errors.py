@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-
-from autocompress.cli import main
 
 QUICK = ("--executor", "inline", "--trials", "2")
 
@@ -53,15 +50,10 @@ def trials_in(folder: Path) -> int:
 
 
 @pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])  # the command adds its working folder
-
+def cli(tmp_path: Path, call_cli: Callable[..., tuple[int, str, str]]) -> Cli:
     def call(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["autocompress", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return int(ended.value.code or 0), capsys.readouterr().err
+        code, _, err = call_cli(*arguments)
+        return code, err
 
     return Cli(tmp_path, call)
 

@@ -110,9 +110,10 @@ def digits_file(digits_task: Task, tmp_path: Path) -> Artifact:
 
 def test_a_file_is_timed_on_a_device_of_this_machine(digits_file: Artifact, digits_task: Task) -> None:
     needs_compiler()
-    backend = dataclasses.replace(tpu("tpu/v5e"), repeats=30)
+    backend = dataclasses.replace(tpu("tpu/v5e:batch=4"), repeats=30)
     found = {entry.name: entry for entry in time_files(backend, digits_file, digits_task, digits_file, "cpu")}
-    assert set(found) == {"latency", "reference_latency", "memory"}
+    assert set(found) == {"latency", "reference_latency", "throughput", "memory"}
+    assert found["throughput"].value > 0.5 / found["latency"].value
     for name in ("latency", "reference_latency"):
         figure = found[name]
         assert figure.provenance.method is Method.MEASURED
