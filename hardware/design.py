@@ -275,14 +275,29 @@ def _most_uncertain(features: Features, prior: Prior, count: int) -> np.ndarray:
     for number in range(len(ways)):
         part = slice(number * width, (number + 1) * width)
         covariance[part, part] = prior.spread
-    noise = noise_variance(expected, NOISE)
+    return sequential_design(known, covariance, noise_variance(expected, NOISE), count, round(EXTREMES * count))
+
+
+def sequential_design(
+    known: np.ndarray, covariance: np.ndarray, noise: np.ndarray, count: int, extremes: int = 0
+) -> np.ndarray:
+    """Rows to measure under a Bayesian linear model, one after another.
+
+    The first `extremes` are those that are most uncertain themselves, in units of their noise (D-optimal); the
+    others make all rows together most certain (I-optimal). No measurement is needed to choose.
+
+    Args:
+        known: (candidates, features).
+        covariance: of the features' costs.
+        noise: variance of one measurement of each candidate.
+    """
     moments = known.T @ known
     taken: list[int] = []
     for number in range(count):
         gains = known @ covariance
         variance = (gains * known).sum(1)
         shared = ((gains @ moments) * gains).sum(1) / (variance + noise)
-        score = variance / noise if number < EXTREMES * count else shared
+        score = variance / noise if number < extremes else shared
         score[taken] = -1
         row = int(score.argmax())
         taken.append(row)

@@ -105,7 +105,7 @@ class PoolNetwork:
         return tuple(found)
 
 
-def pool_networks(count: int = 150, seed: int = 0, int8: bool = False) -> tuple[PoolNetwork, ...]:
+def pool_networks(count: int = 80, seed: int = 0, int8: bool = False) -> tuple[PoolNetwork, ...]:
     """Random networks, all different, of up to 150 million multiply-accumulates.
 
     Args:
