@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint table clean
+.PHONY: demo test test-slow test-hardware lint table clean
 .DEFAULT_GOAL := demo
 
 # torch first: the pinned version has a CPU build, and what follows must not replace it.
@@ -26,6 +26,11 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout 3600
+
+# What needs the TPU compiler (1.2 GB) and the FPGA tools; with iverilog and qemu-user from the system where they are.
+test-hardware: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,tpu,fpga]'
+	$(BIN)/python -m pytest -m slow --timeout 3600 $(wildcard tests/test_hardware_*.py)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

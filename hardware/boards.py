@@ -115,7 +115,7 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: no such file, or no JSON object in it.
     """
     if not path.is_file():
-        raise InputError(f"there is no file '{path}'; expected JSON as `autocompress hardware calibrate` writes it")
+        raise InputError(f"there is no file '{path}'; expected JSON as `write_boards` writes it")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # of both, bytes that are no text and text that is no JSON
@@ -232,7 +232,7 @@ def _stated(errors: Mapping[str, Any]) -> str:
 def board_backend(threads: int = 0, device: str = "") -> BoardBackend:
     """A board by its calibration file, `arm/board:PATH.json`."""
     if not device:
-        hint = "arm/board needs a file that `autocompress hardware calibrate` makes, as in arm/board:PATH.json"
+        hint = "arm/board needs the file of a calibrated board, as in arm/board:PATH.json"
         return BoardBackend("arm/board", None, threads, hint)
     path = Path(device)
     entry = read_json(path)

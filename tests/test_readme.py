@@ -37,6 +37,13 @@ def test_command_snippet_of_the_analysis_runs(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "analysis" / "analysis.html").is_file()
 
 
+def test_command_snippet_of_the_targets_runs(tmp_path: Path) -> None:
+    (block,) = (block for block in snippets("bash") if "hardware" in block)
+    listed, compared = (run(shlex.split(line), tmp_path).stdout for line in block.strip().splitlines())
+    assert "x86/openvino" in listed
+    assert all(kind in compared for kind in ("measured", "simulated", "predicted"))
+
+
 def test_command_snippet_of_your_own_model_runs(tmp_path: Path) -> None:
     (block,) = (block for block in snippets("bash") if "runs/small" in block)
     for line in block.strip().splitlines():
