@@ -50,6 +50,9 @@ for _entry in (
     Objective("energy", "minimize", "J"),
     Objective("power", "minimize", "W"),
     Objective("instructions", "minimize", ""),
+    Objective("luts", "minimize", ""),
+    Objective("dsps", "minimize", ""),
+    Objective("brams", "minimize", ""),
     Objective("size", "minimize", "B"),
     Objective("compressed_size", "minimize", "B"),
     Objective("parameters", "minimize", "", cost="cheap"),
@@ -59,7 +62,7 @@ for _entry in (
 ):
     OBJECTIVES.add(_entry.name, _entry)
 
-DEVICE_FIGURES = ("latency", "throughput", "memory", "energy", "power", "instructions")
+DEVICE_FIGURES = ("latency", "throughput", "memory", "energy", "power", "instructions", "luts", "dsps", "brams")
 
 _SCALES = {
     "s": {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6},
