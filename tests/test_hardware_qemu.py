@@ -124,12 +124,12 @@ def test_files_that_people_bring_are_counted_and_broken_ones_told(
     assert backend.measure(artifact, task, None)[0].value > 4e5
     images = normalise(digits_task.data, digits_task.data.search.inputs[:4])
     assert backend.predict(artifact, images).shape == (4, 10)
-    written.path.write_bytes(written.path.read_bytes()[:5000])
-    broken = type(artifact)(backend.name, written.path, "0" * 64, 5000)
-    with pytest.raises(CandidateError, match="arm/qemu-cortex-a72 can't run the file"):
-        backend.measure(broken, task, None)
     with pytest.raises(CandidateError, match="the emulation hung for 0 s"):
         QemuBackend("cortex-a53", limit=0.01, folder=system).measure(artifact, task, None)
+    written.path.write_bytes(written.path.read_bytes()[:5000])
+    broken = type(artifact)(backend.name, written.path, "0" * 64, 5000)
+    with pytest.raises(CandidateError, match="can't run the file: .*Protobuf parsing failed"):
+        backend.measure(broken, task, None)
 
 
 @needs_qemu
