@@ -331,6 +331,7 @@ def test_importing_the_package_loads_no_torch() -> None:
     assert done.stdout.strip() == "set()"
 
 
+@pytest.mark.slow
 def test_the_dashboard_lists_the_study_and_ends_on_ctrl_c(small_run: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

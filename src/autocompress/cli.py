@@ -228,10 +228,13 @@ def dashboard(
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 8080,
 ) -> None:
     """Serve the Optuna dashboard of a run on 127.0.0.1, also while it is running."""
+    import signal
     import warnings
 
     from .studies.dashboard import serve
 
+    # Ctrl-C ends it also where a shell started it in the background (and ignores Ctrl-C).
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.simplefilter("ignore")  # of libraries, about plots of few trials
     serve(folder, port, lambda url: typer.echo(f"Dashboard of {folder}: {url}  (Ctrl-C ends it)"))
 
