@@ -128,7 +128,7 @@ def test_files_that_people_bring_are_counted_and_broken_ones_told(
         QemuBackend("cortex-a53", limit=0.01, folder=system).measure(artifact, task, None)
     written.path.write_bytes(written.path.read_bytes()[:5000])
     broken = type(artifact)(backend.name, written.path, "0" * 64, 5000)
-    with pytest.raises(CandidateError, match="can't run the file: .*Protobuf parsing failed"):
+    with pytest.raises(CandidateError, match=r"can't run the file: .*Protobuf parsing failed"):
         backend.measure(broken, task, None)
 
 
