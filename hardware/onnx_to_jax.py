@@ -1,7 +1,7 @@
 """From an ONNX file to a JAX function, in the arithmetic of a TPU.
 
-No maintained library does this: jaxonnxruntime's last release is of 2023 and does not load with current JAX. What an
-operator computes stands in `jax_operators`; here is what goes beyond a single one: which values are known when the
+No maintained library does this: the last release of jaxonnxruntime is of 2023. What an operator computes stands in
+`jax_layers`, `jax_operators` and `jax_shapes`; here is what goes beyond a single one: which values are known when the
 function is compiled, which are weights, and which layers run on integers.
 
 Imported only where JAX is installed.

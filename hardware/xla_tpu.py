@@ -4,6 +4,10 @@ The compiler notes down how many cycles it expects of each operation. A file's l
 the program's traffic takes at the bandwidth of the chip's memory, whichever is longer. Checked on ResNet-50 on one
 core of a TPU v3, batches of 256: 8 % to 10 % fewer images a second than in the log of Google's submission to MLPerf
 Training v0.5. Where the machine has the chip, the same program is timed on it instead.
+
+Integers pay in batches: by this estimate, ResNet-18 with 8-bit layers takes 0.40 ms on a v5e where bfloat16 takes 0.24,
+but 2.8 ms instead of 4.2 for 64 images. XLA does not join the rounding to an integer convolution as it does biases and
+activations to one in floating point, and each kernel of its own costs a single image more than the products save.
 """
 
 from __future__ import annotations
