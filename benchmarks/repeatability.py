@@ -8,7 +8,8 @@ Every row is one call of the backend's `measure`, its repeated attempts included
 the median of its runs, with the 95 % interval of that median. Over the rows are computed
 
     spread:  (largest - smallest) / median of these medians,
-    robust:  the same without the smallest and the largest of them, where there are at least 5.
+    robust:  the same without the smallest and the largest of them, where there are at least 5,
+    trusted: the spread of those that carry no flag.
 
 With `--load`, as many measurements follow while a busy process runs on each of the measured cores; they have to be
 flagged. Data are not needed, as time does not depend on them.
@@ -98,12 +99,14 @@ def spread_of(values: list[float]) -> tuple[float, float]:
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The figures of all rows of one kind."""
     spread, robust = spread_of([row["latency"] for row in rows])
+    trusted = [row["latency"] for row in rows if not row["flags"]]
     return {
         "times": len(rows),
         "median": statistics.median(row["latency"] for row in rows),
         "spread": spread,
         "robust": robust,
-        "flagged": sum(bool(row["flags"]) for row in rows),
+        "trusted": spread_of(trusted)[0] if len(trusted) > 1 else None,
+        "flagged": len(rows) - len(trusted),
         "seconds": statistics.median(row["seconds"] for row in rows),
     }
 
@@ -145,10 +148,11 @@ def run(arguments: argparse.Namespace) -> None:
     kinds = {"quiet": [row for row in rows if not row["loaded"]], "busy": [row for row in rows if row["loaded"]]}
     totals = {name: summary(some) for name, some in kinds.items() if some}
     for name, total in totals.items():
+        trusted = "unknown" if total["trusted"] is None else f"{100 * total['trusted']:.1f} %"
         console.print(
             f"{name}: {total['times']} measurements, median {total['median'] * 1e3:.4f} ms, spread "
-            f"{100 * total['spread']:.1f} % (robust {100 * total['robust']:.1f} %), {total['flagged']} flagged, "
-            f"{total['seconds']:.1f} s each"
+            f"{100 * total['spread']:.1f} % (robust {100 * total['robust']:.1f} %, trusted {trusted}), "
+            f"{total['flagged']} flagged, {total['seconds']:.1f} s each"
         )
     if arguments.json:
         record = {"model": arguments.model, "target": arguments.target, "rows": rows, "summary": totals}

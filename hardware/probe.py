@@ -55,7 +55,13 @@ def _measure(request: dict[str, Any]) -> dict[str, Any]:
         runs["reference"] = lambda: first(one)
     else:
         del first
-    timings = time_runs(runs, repeats=request["repeats"], budget=request["budget"], cores=request["cores"])
+    timings = time_runs(
+        runs,
+        repeats=request["repeats"],
+        budget=request["budget"],
+        cores=request["cores"],
+        known=request.get("handover", ()),
+    )
     energy = _energy(request["powercap"], runs["latency"]) if request.get("powercap") else None
     pace = min(timings.samples["latency"][0])
     batch = max(1, min(len(images), int(0.25 / max(pace, 1e-6))))
@@ -66,6 +72,7 @@ def _measure(request: dict[str, Any]) -> dict[str, Any]:
         "latency": timings.counted("latency"),
         "reference": timings.counted("reference") if request["reference"] else [],
         "doubts": timings.doubts,
+        "handover": timings.fastest_handover,
         "memory": memory,
         "batch": batch,
         "batch_times": batch_times,

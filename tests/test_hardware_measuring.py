@@ -66,26 +66,46 @@ def test_rounds_in_which_a_core_was_slow_do_not_count() -> None:
     samples = {"latency": [[float(number)] * 3 for number in range(10)]}
     clock = [[1e-4, 2e-4] for _ in range(10)]
     clock[2] = [1.2e-4, 2e-4]
-    clock[7] = [1e-4, 2.2e-4]
-    timings = Timings(samples, clock)
-    assert timings.steady == [0, 1, 3, 4, 5, 6, 8, 9]
+    clock[7] = [1e-4, 2.3e-4]
+    timings = Timings(samples, clock, asked=10)
+    assert timings.good == timings.rounds == [0, 1, 3, 4, 5, 6, 8, 9]
     assert timings.counted("latency") == [float(n) for n in (0, 1, 3, 4, 5, 6, 8, 9) for _ in range(3)]
     assert timings.doubts == (), "what is left is steady"
 
 
 def test_where_most_rounds_were_slow_all_count_and_the_drift_is_told() -> None:
-    clock = [[1e-4]] * 4 + [[1.08e-4]] * 6
-    timings = Timings({"latency": [[1.0]] * 10}, clock)
+    clock = [[1e-4]] * 4 + [[1.18e-4]] * 6
+    timings = Timings({"latency": [[1.0]] * 10}, clock, asked=10)
     assert len(timings.counted("latency")) == 10
-    assert timings.drift == pytest.approx(0.08)
-    assert timings.doubts == ("clock drifted 8 %",)
+    assert timings.doubts == ("clock drifted 18 %",)
+
+
+def test_cores_that_are_one_to_the_host_are_told() -> None:
+    samples = {"latency": [[2.0]] * 20}
+    shared = Timings(samples, [[1.9e-4, 1.94e-4]] * 20, alone=[1e-4, 1e-4], asked=10)
+    assert shared.doubts == ("cores slowed each other by 94 %",)
+    apart = Timings(samples, [[1.9e-4, 1.94e-4]] * 12 + [[1.1e-4, 1e-4]] * 8, alone=[1e-4, 1e-4], asked=10)
+    assert apart.rounds == list(range(12, 20)), "for a while they were not"
+    assert apart.doubts == (), "a clock that is a little lower when all cores work is no reason to doubt"
+
+
+def test_cores_that_the_host_moves_apart_are_told() -> None:
+    samples, near, far = {"latency": [[2.0]] * 20}, [11e-6, 12e-6], [35e-6, 36e-6]
+    some = Timings(samples, [[1e-4, 1e-4]] * 20, [far] * 10 + [near] * 10, asked=10)
+    assert (some.rounds, some.doubts) == (list(range(10, 20)), ())
+    always = Timings(samples, [[1e-4, 1e-4]] * 20, [far] * 20, asked=10)
+    assert always.doubts == (), "nobody knows that they have been nearer"
+    known = Timings(samples, [[1e-4, 1e-4]] * 20, [far] * 20, known=near, asked=10)
+    assert known.doubts == ("cores far apart: handing over data took 3.2 times as long as at best",)
+    assert always.fastest_handover == far
+    assert known.fastest_handover == near
 
 
 @pytest.mark.parametrize(
     ("load", "doubts"),
     [
         (Load(1.0), ()),
-        (Load(1.0, others=0.03, stolen=0.0, waited=0.02, pressure=0.3, preempted=4), ()),
+        (Load(1.0, others=0.05, stolen=0.0, waited=0.04, pressure=0.3, preempted=4), ()),
         (Load(1.0, others=0.31, waited=0.4), ("busy machine: other work took 31 % of the cores",)),
         (Load(1.0, others=0.02, waited=0.12), ("busy machine: waited for a core 12 % of the time",)),
         (Load(1.0, stolen=0.25), ("busy host: other virtual machines took 25 % of the cores",)),
@@ -93,7 +113,7 @@ def test_where_most_rounds_were_slow_all_count_and_the_drift_is_told() -> None:
     ids=["unknown", "quiet", "others", "waited", "stolen"],
 )
 def test_a_busy_machine_is_told(load: Load, doubts: tuple[str, ...]) -> None:
-    assert Timings({"latency": [[1.0]] * 10}, STEADY, load).doubts == doubts
+    assert Timings({"latency": [[1.0]] * 10}, STEADY, load=load, asked=10).doubts == doubts
 
 
 def test_timings_survive_json() -> None:
@@ -117,6 +137,10 @@ def test_the_fixed_work_visits_each_core_and_comes_back() -> None:
     assert len(seconds) == len(cores)
     assert all(0 < one < 0.05 for one in seconds)
     assert sorted(os.sched_getaffinity(0)) == cores
+    handover = FixedWork().handover(cores)
+    assert len(handover) == (len(cores) if len(cores) > 1 else 0)
+    assert all(0 < one < 0.05 for one in handover)
+    assert FixedWork().handover(cores[:1]) == []
 
 
 SPIN = """
