@@ -2,7 +2,11 @@
 
 Emulation computes what the core computes, and takes other paths than this machine's: kernels for the instructions that
 the core has. It tells nothing of time: how many instructions a core completes in a second depends on its pipelines and
-caches. Executed instructions rank networks about as latency does.
+caches. Unlike MACs, executed instructions tell of bits, kernels and the instruction set.
+
+As a rank of float networks they are no better than MACs: on 80 random cells of NAS-Bench-201, counted for a Cortex-A76,
+their rank correlation with the latency of a Pixel 3 (another runtime, other cores) is 0.87, that of MACs 0.90; on the
+50 cells in which every operator is used, 0.94 and 0.93.
 """
 
 from __future__ import annotations
@@ -63,7 +67,7 @@ class QemuBackend:
     def capabilities(self) -> Capabilities:
         dot = "asimddp" in CORES[self.core][1].split()
         notes = (
-            "executed instructions rank networks much as latency does; seconds need a board",
+            "instructions tell of bits, kernels and dead code, not of time: seconds need a board",
             "8-bit dot products: " + ("yes" if dot else "no, int8 saves size more than instructions"),
             "accuracy is that of ONNX Runtime on this machine; arm_parity compares a few images on the emulated core",
             "energy: unknown without a board and a power meter",
