@@ -31,9 +31,9 @@ from scipy.stats import spearmanr
 
 from autocompress.core.errors import InputError, unknown
 from autocompress.hardware.design import architecture_features, design_samples
+from autocompress.hardware.latency_tables import PREFIX, architectures, devices_in, latencies_of, read_table
 from autocompress.hardware.prediction import FEWEST, fit_predictor
 
-PREFIX = "lat_ms_"
 SOURCES = (
     "1080ti_1",
     "1080ti_32",
@@ -46,50 +46,6 @@ SOURCES = (
     "samsung_s7",
 )
 OUTLIERS = 0.1  # share left out at either end
-
-
-def read_table(path: Path) -> pd.DataFrame:
-    """The table, by its suffix."""
-    readers = {".parquet": pd.read_parquet, ".csv": pd.read_csv}
-    if path.suffix not in readers:
-        raise InputError(f"--table: expected a file .parquet or .csv, got '{path}'")
-    if not path.is_file():
-        raise InputError(f"--table: there is no file '{path}'")
-    try:
-        return readers[path.suffix](path)
-    except (ValueError, OSError) as error:  # parsing errors of pandas and pyarrow are ValueErrors
-        raise InputError(f"--table: '{path}' can't be read: {str(error).splitlines()[0]}") from error
-
-
-def architectures(table: pd.DataFrame) -> list[str]:
-    """One string for each row."""
-    if "arch" in table:
-        if table["arch"].isna().any():
-            raise InputError("--table: some rows of the column arch are empty")
-        return [str(arch) for arch in table["arch"]]
-    places = [name for name in table if not name.startswith(PREFIX) and table[name].dtype.kind in "iu"]
-    if not places:
-        raise InputError("--table: expected a column arch, or integer columns with one operator each; there is neither")
-    return [" ".join(map(str, row)) for row in table[places].to_numpy().tolist()]
-
-
-def devices_in(table: pd.DataFrame) -> list[str]:
-    """Names of the devices that the table has latencies of."""
-    found = [name.removeprefix(PREFIX) for name in table if name.startswith(PREFIX)]
-    if not found:
-        raise InputError(f"--table: expected columns {PREFIX}<device>; there is none")
-    return found
-
-
-def latencies_of(table: pd.DataFrame, device: str) -> np.ndarray:
-    """A device's column, checked."""
-    try:
-        column = table[PREFIX + device].to_numpy(float)
-    except ValueError as error:
-        raise InputError(f"--table: {PREFIX}{device}: expected numbers: {error}") from error
-    if not np.isfinite(column).all() or (column <= 0).any():
-        raise InputError(f"--table: {PREFIX}{device}: expected latencies above 0; some are missing or not positive")
-    return column
 
 
 def listed(texts: list[str] | None) -> list[str]:
@@ -131,9 +87,9 @@ def benchmark(
     rows: tuple[int, int],
 ) -> list[dict[str, Any]]:
     """One row for each device and seed."""
-    features = architecture_features(architectures(table))
-    known = np.stack([latencies_of(table, name) for name in sources], 1)
-    columns = {name: latencies_of(table, name) for name in targets}
+    features = architecture_features(architectures(table, "--table"))
+    known = np.stack([latencies_of(table, name, "--table") for name in sources], 1)
+    columns = {name: latencies_of(table, name, "--table") for name in targets}
     rest = np.setdiff1d(np.arange(len(table)), np.arange(*rows))
     found = []
     for seed in range(seeds):
@@ -199,13 +155,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json and not arguments.json.resolve().parent.is_dir():
         raise InputError(f"--json: there is no folder '{arguments.json.parent}'")
     rows = row_range(arguments.rows)
-    table = read_table(arguments.table)
+    table = read_table(arguments.table, "--table")
     if len(table) < rows[1] or len(table) - (rows[1] - rows[0]) < arguments.samples:
         raise InputError(
             f"--rows: {arguments.rows} and {arguments.samples} samples besides need more rows than the table's "
             f"{len(table)}; choose others with --rows FIRST:END"
         )
-    sources, targets = choose_devices(devices_in(table), listed(arguments.sources), listed(arguments.device))
+    sources, targets = choose_devices(devices_in(table, "--table"), listed(arguments.sources), listed(arguments.device))
     found = benchmark(table, sources, targets, arguments.samples, arguments.design, arguments.seeds, rows)
     Console().print(show(found, sources))
     if arguments.json:

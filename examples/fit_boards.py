@@ -206,7 +206,7 @@ def fit_board(name: str, ways: Sequence[Way], cells: np.ndarray, latencies: np.n
         }
         log_costs, covariance = fit_costs(way.features, middles, prior, noise)
         spread = float(np.quantile(np.abs(misses), 0.95))
-        seen = seen_in(way.networks, middles)
+        seen = seen_in(way.networks, middles.tolist())
         model = LatencyModel(log_costs, covariance, spread, len(latencies), seen)
         found.append(Board(PHONES[name], model, errors, SOURCE))
     return min(found, key=lambda board: board.errors["mape"])

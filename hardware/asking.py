@@ -16,14 +16,14 @@ from ..core.errors import CandidateError
 
 
 def ask(
-    module: str, request: Mapping[str, Any], name: str, limit: float, env: Mapping[str, str] | None = None
+    module: str, request: Mapping[str, Any], name: str, limit: float, work: str = "the measurement"
 ) -> dict[str, Any]:
     """Run `python -m MODULE` with the request on its standard input; what it prints is the answer.
 
     Args:
         name: of the target, for messages.
         limit: seconds after which it counts as hanging.
-        env: the process's environment; None for this one's.
+        work: what the process does, for messages.
 
     Raises:
         CandidateError: it failed, was killed, or hung.
@@ -35,17 +35,16 @@ def ask(
             capture_output=True,
             timeout=limit,
             check=False,
-            env=None if env is None else dict(env),
             # What a runtime says of a broken file may hold the file's own bytes.
             encoding="utf-8",
             errors="replace",
         )
     except subprocess.TimeoutExpired as error:
-        raise CandidateError(f"{name}: the measurement hung for {limit:.0f} s") from error
+        raise CandidateError(f"{name}: {work} hung for {limit:.0f} s") from error
     if done.returncode != 0:
         killed = done.returncode < 0
         reason = f"killed by signal {-done.returncode}" if killed else _last_line(done.stderr)
-        raise CandidateError(f"{name}: the measurement failed: {reason}")
+        raise CandidateError(f"{name}: {work} failed: {reason}")
     return json.loads(done.stdout)
 
 

@@ -236,7 +236,7 @@ def board_backend(threads: int = 0, device: str = "") -> BoardBackend:
         return BoardBackend("arm/board", None, threads, hint)
     path = Path(device)
     entry = read_json(path)
-    if "latency_model" not in entry:
+    if not entry.get("latency_model"):
         raise InputError(f"{path}: expected a finished calibration, which has a latency_model; calibrate on")
     return BoardBackend(f"arm/board:{device}", decode_board(entry["latency_model"], str(path)), threads)
 

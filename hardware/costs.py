@@ -27,8 +27,8 @@ _PARTS = {"calls": 1e-5, "macs": 1e-10, "bytes": 2e-10}  # seconds on a middling
 _COMMON, _PART, _KIND, _ALONE = 2.0, 1.0, 0.5, 0.5
 _OF_KIND = {"global_pool": "pool", "multiply": "add", "matmul": "linear", **{kind: kind for kind in ("pool", "add")}}
 _FREE = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")  # runtimes move no values for these
-# How far beyond the fitted networks a figure still counts as among them.
-_REACH = 2.0
+# How many times as much as in the fitted networks still counts as among them: channels and pixels, sums of a kind.
+_REACH, _AMOUNT = 2.0, 10.0
 
 
 def kind_of(call: OperatorCall) -> str:
@@ -94,17 +94,28 @@ class Seen:
     fastest: float = 0.0
 
 
-def seen_in(networks: Sequence[Sequence[OperatorCall]], latencies: np.ndarray, int8: bool = False) -> Seen:
+def seen_in(networks: Sequence[Sequence[OperatorCall]], latencies: Sequence[float], int8: bool = False) -> Seen:
     """The `Seen` of some networks and their latencies."""
-    features = call_features(networks, int8)
-    largest = dict(zip(COLUMNS, features.max(0, initial=0).tolist(), strict=True))
+    largest = call_features(networks, int8).max(0, initial=0).tolist()
     layers = [call for calls in networks for call in calls if call.kind in LAYER_KINDS]
     return Seen(
-        {name: value for name, value in largest.items() if value > 0},
+        {name: value for name, value in zip(COLUMNS, largest, strict=True) if value > 0},
         max((_channels(call) for call in layers), default=0),
         max((_pixels(call) for call in layers), default=0),
         any(_grouped(call) for call in layers),
-        float(np.min(latencies, initial=np.inf)),
+        float(min(latencies)),
+    )
+
+
+def merge_seen(parts: Sequence[Seen]) -> Seen:
+    """The `Seen` of all networks together."""
+    names = [name for name in COLUMNS if any(name in part.columns for part in parts)]
+    return Seen(
+        {name: max(part.columns.get(name, 0.0) for part in parts) for name in names},
+        max(part.channels for part in parts),
+        max(part.pixels for part in parts),
+        any(part.grouped for part in parts),
+        min(part.fastest for part in parts),
     )
 
 
@@ -149,6 +160,10 @@ class LatencyModel:
         """What `predict` takes, (networks, len(COLUMNS))."""
         return call_features(networks, self.int8)
 
+    def shares(self, networks: Iterable[Sequence[OperatorCall]]) -> np.ndarray:
+        """The share of each cost in each network's latency, (networks, len(COLUMNS))."""
+        return _split(self.features(networks), self.log_costs)[1]
+
     def predict(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Latencies in seconds and the ends of their 95 % intervals, each (networks,).
 
@@ -165,7 +180,7 @@ class LatencyModel:
     def extrapolations(self, calls: Sequence[OperatorCall]) -> tuple[str, ...]:
         """In what a network goes beyond those that the model was fitted to; () where in nothing."""
         latency, shares = _split(self.features([calls]), self.log_costs)
-        own = seen_in([calls], latency, self.int8)
+        own = seen_in([calls], latency.tolist(), self.int8)
         share = dict(zip(COLUMNS, shares[0].tolist(), strict=True))
         reasons = []
         for kind in KINDS:
@@ -174,7 +189,7 @@ class LatencyModel:
             if f"{kind}.calls" in own.columns and f"{kind}.calls" not in self.seen.columns:
                 reasons.append(_NAMED[kind])
             elif weight > 0.1 and any(
-                own.columns.get(name, 0) > _REACH * self.seen.columns.get(name, 0) and share[name] > 0.1
+                own.columns.get(name, 0) > _AMOUNT * self.seen.columns.get(name, 0) and share[name] > 0.1
                 for name in names
             ):
                 reasons.append(f"more in {_NAMED[kind]} than in any fitted network")

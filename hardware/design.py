@@ -6,6 +6,7 @@ drops is a property of the device, so there can be several rival ways of countin
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -275,7 +276,7 @@ def _most_uncertain(features: Features, prior: Prior, count: int) -> np.ndarray:
     for number in range(len(ways)):
         part = slice(number * width, (number + 1) * width)
         covariance[part, part] = prior.spread
-    return sequential_design(known, covariance, noise_variance(expected, NOISE), count, round(EXTREMES * count))
+    return sequential_design(known, covariance, noise_variance(expected, NOISE), count, math.ceil(EXTREMES * count))
 
 
 def sequential_design(
@@ -287,19 +288,27 @@ def sequential_design(
     others make all rows together most certain (I-optimal). No measurement is needed to choose.
 
     Args:
-        known: (candidates, features).
+        known: (candidates, features), or (cases, candidates, features) of equally likely models; gains then are shares
+            of each case's uncertainty.
         covariance: of the features' costs.
         noise: variance of one measurement of each candidate.
     """
-    moments = known.T @ known
+    cases = known if known.ndim == 3 else known[None]
+    covariances = np.repeat(covariance[None], len(cases), 0)
+    moments = np.swapaxes(cases, 1, 2) @ cases
     taken: list[int] = []
     for number in range(count):
-        gains = known @ covariance
-        variance = (gains * known).sum(1)
-        shared = ((gains @ moments) * gains).sum(1) / (variance + noise)
-        score = variance / noise if number < extremes else shared
+        gains = cases @ covariances
+        variance = (gains * cases).sum(2)
+        if number < extremes:
+            score = (variance / noise).mean(0)
+        else:
+            shared = ((gains @ moments) * gains).sum(2) / (variance + noise)
+            score = (shared / variance.sum(1, keepdims=True)).mean(0)
         score[taken] = -1
         row = int(score.argmax())
         taken.append(row)
-        covariance = covariance - np.outer(gains[row], gains[row]) / (variance[row] + noise[row])
+        chosen = gains[:, row]
+        lessened = chosen[:, :, None] * chosen[:, None] / (variance[:, row] + noise[row])[:, None, None]
+        covariances = covariances - lessened
     return np.array(taken)

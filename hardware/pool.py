@@ -16,7 +16,8 @@ from ..core.types import Data, Split, Task
 from .operators import OperatorCall
 
 SIZES = (8, 16, 32, 64)
-CHANNELS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+# Half of these are no multiples of 8, which many kernels want: a pruned network's channels rarely are.
+CHANNELS = (8, 12, 16, 22, 26, 32, 44, 48, 54, 64, 90, 96, 128, 150, 192, 256)
 BLOCKS = ("conv3", "conv5", "conv1", "residual", "bottleneck", "inverted", "separable", "gated", "branches", "pools")
 HEADS = (0, 64, 256)  # hidden features of the classifier; 0 for none
 MOST_MACS = 1.5e8

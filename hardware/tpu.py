@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import importlib.util
 from collections.abc import Iterable, Mapping
@@ -12,17 +11,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..compression.graph import find_layers
 from ..compression.grids import bit_width
-from ..compression.quantization import Quantize, quantized_layers
+from ..compression.quantization import quantized_layers
 from ..core.errors import CandidateError
-from ..core.notes import note
 from ..core.registry import backend
 from ..core.types import Artifact, Capabilities, Measurement, Method, Provenance, Task
-from ..tasks.data import example_input
 from .device import provenance
 from .operators import read_operators
 from .qdq import has_integer_kernel
+from .rounded import rounded_to_8_bits
 from .systolic import CORAL_USB, ERROR, EdgeTpu, edge_tpu_latency, outside_validation, weight_bytes
 from .x86 import CpuBackend
 
@@ -95,12 +92,7 @@ class EdgeTpuBackend:
         """
         rounded = quantized_layers(model)
         self._refuse(name for name, entry in rounded.items() if not has_integer_kernel(entry))
-        layers = [layer.name for layer in find_layers(model, example_input(task.data))]
-        left = [name for name in layers if name not in rounded]
-        if left:
-            note(f"{self.name}: rounded to 8 bits when built: {', '.join(left) if rounded else 'every layer'}")
-            step = Quantize(dict.fromkeys(left, 8) if rounded else 8, outputs=self.capabilities.outputs)
-            model = step(copy.deepcopy(model), task)
+        model = rounded_to_8_bits(model, task, self.name, self.capabilities.outputs)
         artifact = dataclasses.replace(self._host.build(model, task, folder), runtime=self.name)
         try:
             self._refuse(name for name, formats in artifact.bits.items() if not _is_int8(formats))

@@ -12,8 +12,6 @@ import importlib.util
 import json
 import os
 import platform
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +25,7 @@ from ..core.lane import LANE, pause_point
 from ..core.registry import backend
 from ..core.types import Artifact, Capabilities, Measurement, Method, Task
 from ..tasks.data import cache_folder, example_input
+from .asking import ask
 from .device import cpu_name, has_bf16, has_int8_dot, provenance, usable_cores
 from .onnx_export import export_onnx
 from .power import POWERCAP, declared_watts, energy_figures, find_packages
@@ -163,7 +162,7 @@ class CpuBackend:
         path = cache_folder() / "handover.json"
         known: dict[str, list[float]] = json.loads(path.read_text()) if path.is_file() else {}
         name = f"{cpu_name()}: {self.cores}"
-        answer = self._ask({**request, "handover": known.get(name, [])})
+        answer = ask("autocompress.hardware.probe", {**request, "handover": known.get(name, [])}, self.name, self.limit)
         if answer["handover"] != known.get(name, []):
             part = path.with_suffix(f".{os.getpid()}.part")
             part.write_text(json.dumps({**known, name: answer["handover"]}))
@@ -213,26 +212,6 @@ class CpuBackend:
         if self.runtime != "openvino" or not has_bf16():
             return False
         return any(entry["weight"] in (16, "bf16") for entry in artifact.bits.values())
-
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        command = [sys.executable, "-m", "autocompress.hardware.probe"]
-        try:
-            done = subprocess.run(
-                command,
-                input=json.dumps(request),
-                capture_output=True,
-                timeout=self.limit,
-                check=False,
-                # What a runtime says of a broken file may hold the file's own bytes.
-                encoding="utf-8",
-                errors="replace",
-            )
-        except subprocess.TimeoutExpired as error:
-            raise CandidateError(f"{self.name}: the measurement hung for {self.limit:.0f} s") from error
-        if done.returncode != 0:
-            reason = f"killed by signal {-done.returncode}" if done.returncode < 0 else _last_line(done.stderr)
-            raise CandidateError(f"{self.name}: the measurement failed: {reason}")
-        return json.loads(done.stdout)
 
 
 def _doubt(answer: dict[str, Any], spread: float) -> tuple[int, float]:

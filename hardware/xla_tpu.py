@@ -20,8 +20,6 @@ import importlib.util
 import json
 import math
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +34,7 @@ from ..core.lane import LANE
 from ..core.registry import BACKENDS
 from ..core.types import Artifact, Capabilities, Measurement, Method, Provenance, Task
 from ..tasks.data import cache_folder
+from .asking import ask as ask_process
 from .device import provenance
 from .statistics import median_interval
 from .tpu_chips import CHIPS, TpuChip, attached
@@ -253,24 +252,7 @@ def ask(backend: XlaTpuBackend, request: dict[str, Any]) -> dict[str, Any]:
     Raises:
         CandidateError: the file can't be converted or compiled, or the process hangs or dies.
     """
-    command = [sys.executable, "-m", "autocompress.hardware.xla_compile"]
-    try:
-        done = subprocess.run(
-            command,
-            input=json.dumps(request),
-            capture_output=True,
-            timeout=backend.limit,
-            check=False,
-            encoding="utf-8",
-            errors="replace",
-        )
-    except subprocess.TimeoutExpired as error:
-        raise CandidateError(f"{backend.name}: compiling hung for {backend.limit:.0f} s") from error
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
-        reason = f"killed by signal {-done.returncode}" if done.returncode < 0 else last
-        raise CandidateError(f"{backend.name}: compiling failed: {reason}")
-    answer = json.loads(done.stdout)
+    answer = ask_process("autocompress.hardware.xla_compile", request, backend.name, backend.limit, "compiling")
     if "error" in answer:
         raise CandidateError(f"{backend.name} can't compile the file: {answer['error']}")
     return answer

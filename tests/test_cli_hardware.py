@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,6 +122,40 @@ def test_tables_of_others_are_brought_in_and_looked_up(file: Path, tmp_path: Pat
     assert "nowhere.parquet" in err
 
 
+def test_a_new_device_is_predicted_from_what_the_command_proposed_to_measure(tmp_path: Path, call_cli: Call) -> None:
+    ops = ("nor_conv_1x1", "nor_conv_3x3", "skip_connect", "avg_pool_3x3")
+    archs = [f"|{a}~0|+|{b}~0|{c}~1|+|{d}~0|{a}~1|{b}~2|" for a in ops for b in ops for c in ops for d in ops]
+    slow = [1 + 5 * arch.count("3x3|") + arch.count("1x1") + 3 * arch.count("nor_conv_3x3") for arch in archs]
+    known = {"lat_ms_one": slow, "lat_ms_two": [2 * v + 1 for v in slow], "lat_ms_three": [3 * v for v in slow]}
+    pd.DataFrame({"arch": archs, **known}).to_csv(tmp_path / "table.csv", index=False)
+    code, out, err = call_cli("hardware", "predict", "--table", "table.csv", "--samples", 8)
+    assert code == 0, err
+    proposed = out.split()
+    assert len(set(proposed)) == 8
+    truth = dict(zip(archs, (0.5 * value for value in slow), strict=True))
+    pd.DataFrame({"arch": proposed, "latency_ms": [truth[arch] for arch in proposed]}).to_csv("measured.csv")
+    asked = ("--table", "table.csv", "--measured", "measured.csv", "--out", "predicted.csv")
+    code, out, err = call_cli("hardware", "predict", *asked)
+    assert code == 0, err
+    found = pd.read_csv(tmp_path / "predicted.csv").set_index("arch")
+    expected = pd.Series(truth)[found.index]
+    assert found["measured"].sum() == 8
+    assert ((found["latency_ms"] - expected).abs() / expected).mean() < 0.05
+    assert (found["low_ms"] <= found["latency_ms"]).all()
+    code, _, err = call_cli("hardware", "predict", *asked, "--sources", "nobody")
+    assert code == 2
+    assert "unknown source device 'nobody'" in err
+
+
+def test_the_program_for_a_board_is_written(tmp_path: Path, call_cli: Call) -> None:
+    code, out, err = call_cli("hardware", "agent", "board.pyz")
+    assert code == 0, err
+    assert "--serve" in out
+    helped = subprocess.run([sys.executable, "board.pyz", "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert helped.returncode == 0, helped.stderr
+    assert "--serve" in helped.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -135,6 +171,10 @@ def test_tables_of_others_are_brought_in_and_looked_up(file: Path, tmp_path: Pat
         (["import", "broken.onnx", "--columns", "kind", "--out", "t.parquet"], ["OURS=THEIRS", "'kind'"]),
         (["profile", "--target", "tpu/edgetpu", "--model", "digits-cnn", "--out", "t.parquet"], ["tpu/edgetpu"]),
         (["setup", "arm/agent"], ["expected arm/qemu"]),
+        (["setup", "arm/qemu", "--sources", "nowhere.list"], ["nowhere.list"]),
+        (["predict", "--table", "nowhere.csv"], ["--table", "nowhere.csv"]),
+        (["predict", "--table", "broken.onnx"], ["expected a file .parquet or .csv"]),
+        (["agent", "nowhere/board.pyz"], ["can't be written"]),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(

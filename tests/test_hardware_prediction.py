@@ -23,6 +23,7 @@ from autocompress.hardware.design import (
     nasbench201_features,
     token_features,
 )
+from autocompress.hardware.latency_tables import design_table, predict_table, read_table
 from autocompress.hardware.prediction import fit_predictor
 
 ROOT = Path(__file__).parents[1]
@@ -324,3 +325,38 @@ def test_a_table_without_what_is_needed_is_refused(
     code, printed = refusal(monkeypatch, capsys, *options)
     assert code == 2
     assert message in printed
+
+
+def test_a_whole_table_is_predicted_from_a_file_of_measurements(small_table: Path) -> None:
+    table = read_table(small_table)
+    chosen = design_table(table, ["a", "b", "c"], samples=10)
+    assert len(set(chosen)) == 10
+    truth = table.drop_duplicates("arch").set_index("arch")["lat_ms_x"]
+    measured = pd.DataFrame({"arch": chosen, "latency_s": truth[chosen].to_numpy() / 1e3})
+    found = predict_table(table, ["a", "b", "c"], measured)
+    assert list(found.columns) == ["arch", "latency_ms", "low_ms", "high_ms", "measured"]
+    assert len(found) == len(table)
+    assert np.median(np.abs(found["latency_ms"] / table["lat_ms_x"] - 1)) < 0.05
+    assert ((found["low_ms"] <= found["latency_ms"]) & (found["latency_ms"] <= found["high_ms"])).all()
+    assert set(found["arch"][found["measured"]]) == set(chosen)
+    twice = predict_table(table, ["a", "b", "c"], pd.concat([measured, measured]))
+    pd.testing.assert_frame_equal(twice, found)
+
+
+@pytest.mark.parametrize(
+    ("sources", "change", "message"),
+    [
+        (["a", "z"], {}, "unknown source device 'z'"),
+        (["a"], {}, "expected two of x, a, b, c at least, got a"),
+        (["a", "b"], {"arch": "no such"}, "the table has no architecture 'no such'"),
+        (["a", "b"], {"latency_ms": 0.0}, "expected latencies above 0"),
+        (["a", "b"], {"latency_s": 1.0}, "expected one column latency_ms or latency_s"),
+    ],
+)
+def test_measurements_that_do_not_fit_the_table_are_refused(
+    small_table: Path, sources: list[str], change: dict[str, object], message: str
+) -> None:
+    table = read_table(small_table)
+    measured = pd.DataFrame({"arch": table["arch"][:10], "latency_ms": 1.0}).assign(**change)
+    with pytest.raises(InputError, match=message):
+        predict_table(table, sources, measured)

@@ -203,13 +203,61 @@ def import_(
 
 
 @app.command()
+def predict(
+    table: Annotated[Path, typer.Option(help="Architectures, with columns lat_ms_DEVICE of known devices.")],
+    out: Annotated[Path | None, typer.Option(help="CSV file to write the predictions to.")] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="The new device: some of the architectures, with latency_ms or latency_s.")
+    ] = None,
+    sources: Annotated[list[str] | None, typer.Option(help="Known devices to build on; default: all.")] = None,
+    samples: Annotated[int, typer.Option(help="Without --measured: how many architectures to propose.")] = 10,
+    seed: Annotated[int, typer.Option(help="For proposing them.")] = 0,
+) -> None:
+    """Predict a new device's latencies from 10 to 20 measurements; without any, say what to measure."""
+    from .hardware.latency_tables import design_table, predict_table, read_table
+
+    names = [name for text in sources or [] for name in text.split(",") if name]
+    if measured is None:
+        for arch in design_table(read_table(table, "--table"), names, samples, seed):
+            typer.echo(arch)
+        return
+    if out is None:
+        raise InputError("--out: expected a CSV file to write the predictions to")
+    found = predict_table(read_table(table, "--table"), names, read_table(measured, "--measured"))
+    try:
+        found.to_csv(out, index=False)
+    except OSError as error:
+        raise InputError(f"--out: '{out}' can't be written: {error.strerror or error}") from error
+    typer.echo(f"{out}: {len(found)} architectures, from {int(found['measured'].sum())} measurements")
+
+
+@app.command()
+def agent(
+    file: Annotated[Path, typer.Argument(help="Where to write the program, such as board.pyz.")],
+) -> None:
+    """Write the program that measures on a board; SSH sends it by itself, a TCP server is started from it."""
+    from .hardware.board_connection import agent_archive
+
+    try:
+        file.write_bytes(agent_archive())
+    except OSError as error:
+        raise InputError(f"'{file}' can't be written: {error.strerror or error}") from error
+    typer.echo(f"{file}: on the board, AUTOCOMPRESS_AGENT_TOKEN=... python3 {file.name} --serve --port 8765")
+
+
+@app.command()
 def setup(
     target: Annotated[str, typer.Argument(help="arm/qemu: an aarch64 system to emulate.")],
+    sources: Annotated[
+        Path | None, typer.Option(help="apt sources that have ARM64 packages; default: the system's own.")
+    ] = None,
 ) -> None:
     """Fetch what a target needs from the package registries that this machine uses; nothing else ever does."""
     if target.partition("-")[0] != "arm/qemu":
         raise InputError(f"setup: expected arm/qemu, got '{target}'; `hardware list` says how to get what others need")
     from .hardware.qemu_setup import make_rootfs
 
-    folder = make_rootfs(say=typer.echo)
+    if sources is not None and not sources.is_file():
+        raise InputError(f"--sources: there is no file '{sources}'")
+    folder = make_rootfs(sources=sources, say=typer.echo)
     typer.echo(f"{folder}: ready")
