@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,8 +125,10 @@ def _figure(name: str, measurement: Measurement | None, base: Measurement | None
 
 def _doubts(points: Sequence[Point]) -> list[str]:
     """What "!" behind figures of the table means."""
-    flags = dict.fromkeys(flag for p in points for m in p.metrics.values() for flag in m.provenance.flags)
-    return [f"!: {'; '.join(flags)}"] if flags else []
+    flags: dict[str, str] = {}
+    for flag in (flag for p in points for m in p.metrics.values() for flag in m.provenance.flags):
+        flags.setdefault(re.sub(r"\d+(\.\d+)?", "", flag), flag)  # of those that differ in numbers, one is enough
+    return [f"!: for example {'; '.join(flags.values())} (all are in front.csv)"] if flags else []
 
 
 def front_table(study: Study, target: str = "") -> Table:
