@@ -143,7 +143,6 @@ class Evaluator:
         """Accuracy, loss and calibration error of the file on `split`, as the target's runtime computes them."""
         import numpy as np
 
-        from ..hardware.device import provenance
         from ..tasks.data import normalise
         from .metrics import score
 
@@ -154,7 +153,15 @@ class Evaluator:
             for start in range(0, len(part), 1024)
         ]
         method = Method.SIMULATED if lacks_kernels(plan, self.backend.capabilities) else Method.MEASURED
-        return score(np.concatenate(pieces), part.labels, provenance(self.backend.name, method=method))
+        return score(np.concatenate(pieces), part.labels, self._predicted(method))
+
+    def _predicted(self, method: Method) -> Provenance:
+        """Where the backend's logits come from: the device that it names, or else this machine."""
+        from ..hardware.device import provenance
+
+        source = provenance(self.backend.name, method=method)
+        device = getattr(self.backend, "predicts_on", "")
+        return dataclasses.replace(source, device=device) if device else source
 
     def _cached(self, model: nn.Module, prefix: Plan) -> nn.Module:
         """Run the last, retraining step of `prefix`, or load what an earlier candidate with this prefix learnt."""
@@ -216,7 +223,6 @@ class Evaluator:
         """Compare the runtime's logits with PyTorch's; a file that computes something else is a failure."""
         import torch
 
-        from ..hardware.device import provenance
         from ..tasks.data import normalise
         from .metrics import parity_error
 
@@ -225,8 +231,7 @@ class Evaluator:
             expected = model.eval()(torch.from_numpy(images)).numpy()
         error = parity_error(expected, self.backend.predict(artifact, images))
         method = Method.SIMULATED if self.backend.capabilities.emulated else Method.MEASURED
-        source = provenance(self.backend.name, method=method)
-        found["parity"] = Measurement("parity", error, "", None, len(images), source)
+        found["parity"] = Measurement("parity", error, "", None, len(images), self._predicted(method))
         limit = FLOAT_PARITY if lowest_bits(plan) == 32 and not _is_rounded(artifact) else ROUNDED_PARITY
         if not error <= limit:
             raise CandidateError(

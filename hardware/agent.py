@@ -70,6 +70,11 @@ class AgentBackend:
         return Capabilities((32, 16, 8), METRICS, "all", notes)
 
     @property
+    def predicts_on(self) -> str:
+        """The board, as it calls itself: accuracies are computed there."""
+        return self._talk(lambda board: str(board.board["board"]))
+
+    @property
     def cores(self) -> list[int]:
         """The board's cores, counted from 0; raises InputError if more threads than cores are asked for."""
         count = self._talk(lambda board: board.board["cores"])

@@ -81,6 +81,11 @@ class GpuBackend:
         told = "rounding below 16 bits is imitated in floating point"
         return Capabilities((32, 16), (*metrics, "memory"), notes=(told,), fast=(16, "bf16"))
 
+    @property
+    def predicts_on(self) -> str:
+        """The GPU's name."""
+        return self._source().device
+
     def missing(self) -> str | None:
         """What is not here and how to get it."""
         for package in {"torch": ("torch",), "tensorrt": ("tensorrt", "torch")}.get(self.runtime, (self.runtime,)):

@@ -63,6 +63,12 @@ class LookupBackend:
         )
 
     @property
+    def predicts_on(self) -> str:
+        """The device of the table's target where it is here; "" for this machine."""
+        host, _ = self._host
+        return getattr(host, "predicts_on", "")
+
+    @property
     def cores(self) -> list[int]:
         """The cores that files may run on here."""
         return CpuBackend("onnxruntime", self.threads).cores

@@ -22,7 +22,9 @@ import pytest
 
 from autocompress import Quantize, Task
 from autocompress.core.errors import CandidateError, InputError, MissingDependencyError
-from autocompress.core.types import Artifact, Method
+from autocompress.core.types import Artifact, Candidate, Method
+from autocompress.evaluators.objectives import parse_objectives
+from autocompress.evaluators.pipeline import Evaluator
 from autocompress.hardware.agent import AgentBackend, state_flags
 from autocompress.hardware.board_agent import Refused, Store
 from autocompress.hardware.board_connection import agent_archive
@@ -116,6 +118,22 @@ def test_a_board_computes_what_the_same_runtime_computes_here(
         np.testing.assert_allclose(
             board.predict(file, images), CpuBackend("onnxruntime").predict(file, images), atol=1e-5
         )
+
+
+def test_accuracy_bears_the_name_of_the_board_that_computed_it(home: Path, digits_task: Task, tmp_path: Path) -> None:
+    cores = tmp_path / "cpuinfo"
+    cores.write_text("processor\t: 0\nCPU part\t: 0xd08\n\n")
+    disguise = f"mount --bind {cores} /proc/cpuinfo"
+    if subprocess.run(["unshare", "-m", "sh", "-c", disguise], capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount, for a board that calls itself something else than this machine")
+    shell = ("unshare", "-m", "sh", "-c", f'{disguise} && exec sh -c "$2"')
+    board = AgentBackend("pi@board", threads=1, budget=0.05, spread=9.0, ssh=shell, python=sys.executable)
+    evaluator = Evaluator(digits_task, board, parse_objectives(["accuracy", "latency"], board), (), tmp_path)
+    found = evaluator(Candidate(())).measurements
+    devices = {name: found[name].provenance.device for name in ("accuracy", "loss", "parity", "latency")}
+    assert devices == {**dict.fromkeys(("accuracy", "loss", "parity"), "Cortex-A72"), "latency": "Cortex-A72, 1 thread"}
+    assert found["accuracy"].provenance.method is Method.MEASURED
+    assert board_name() != "Cortex-A72"
 
 
 def test_files_are_built_for_the_board_and_sent_once(

@@ -239,7 +239,10 @@ class Capabilities:
 
 
 class Backend(Protocol):
-    """A device with a runtime: builds files for it, runs them, and measures them."""
+    """A device with a runtime: builds files for it, runs them, and measures them.
+
+    One whose `predict` runs elsewhere than on this machine's CPU names that device in an attribute `predicts_on`.
+    """
 
     @property
     def name(self) -> str:
