@@ -31,7 +31,13 @@ def score(logits: np.ndarray, labels: np.ndarray, provenance: Provenance) -> dic
     deviation = float(losses.std(ddof=1)) if count > 1 else 0.0
     return {
         "accuracy": Measurement(
-            "accuracy", float(right.mean()), "", share_interval(int(right.sum()), count), count, provenance
+            "accuracy",
+            float(right.mean()),
+            "",
+            share_interval(int(right.sum()), count),
+            count,
+            provenance,
+            np.packbits(right).tobytes().hex(),
         ),
         "loss": Measurement(
             "loss", float(losses.mean()), "", mean_interval(float(losses.mean()), deviation, count), count, provenance

@@ -35,3 +35,37 @@ def mean_interval(mean: float, deviation: float, count: int) -> tuple[float, flo
     """95 % interval of a mean, given the sample's standard deviation (normal approximation)."""
     half = Z95 * deviation / math.sqrt(count)
     return mean - half, mean + half
+
+
+def paired_interval(gained: int, lost: int, count: int) -> tuple[float, float]:
+    """95 % interval of the difference of two shares of the same `count` samples.
+
+    Args:
+        gained: samples that count for the first share and not for the second; `lost`: the other way round.
+
+    Source: Agresti and Min 2005, Statistics in Medicine 24, "Wald + 2": half a sample is added to each of four cells.
+    """
+    difference = gained - lost
+    half = Z95 * math.sqrt(gained + lost + 1 - difference**2 / (count + 2))
+    return (difference - half) / (count + 2), (difference + half) / (count + 2)
+
+
+def pooled_interval(values: Sequence[float], errors: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """Mean of measurements of one thing and its 95 % interval, which is wider where they disagree.
+
+    Args:
+        errors: standard error of each value, above 0.
+
+    Source: random effects by DerSimonian and Laird 1986, Controlled Clinical Trials 7.
+    """
+    weights = [error**-2 for error in errors]
+    total = sum(weights)
+    mean = sum(w * value for w, value in zip(weights, values, strict=True)) / total
+    disagreement = sum(w * (value - mean) ** 2 for w, value in zip(weights, values, strict=True))
+    scale = total - sum(w**2 for w in weights) / total
+    between = max(0.0, (disagreement - (len(values) - 1)) / scale) if scale > 0 else 0.0
+    weights = [1 / (error**2 + between) for error in errors]
+    total = sum(weights)
+    mean = sum(w * value for w, value in zip(weights, values, strict=True)) / total
+    half = Z95 / math.sqrt(total)
+    return mean, (mean - half, mean + half)

@@ -81,7 +81,7 @@ def _describe(step: Operator) -> str:
 
 
 def encode_measurements(measurements: Mapping[str, Measurement]) -> dict[str, Any]:
-    """{name: {value, unit, ci95, samples, method, device, runtime, taken_at, flags}}."""
+    """{name: {value, unit, ci95, samples, method, device, runtime, taken_at, flags}}, and outcomes where known."""
     return {
         name: {
             "value": m.value,
@@ -94,6 +94,7 @@ def encode_measurements(measurements: Mapping[str, Measurement]) -> dict[str, An
             "taken_at": m.provenance.taken_at,
             "flags": list(m.provenance.flags),
         }
+        | ({"outcomes": m.outcomes} if m.outcomes else {})
         for name, m in measurements.items()
     }
 
@@ -108,6 +109,7 @@ def decode_measurements(stored: Mapping[str, Any]) -> dict[str, Measurement]:
             (m["ci95"][0], m["ci95"][1]) if m["ci95"] else None,
             m["samples"],
             Provenance(Method(m["method"]), m["device"], m["runtime"], m["taken_at"], tuple(m.get("flags", ()))),
+            m.get("outcomes", ""),
         )
         for name, m in stored.items()
     }

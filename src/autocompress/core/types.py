@@ -186,6 +186,8 @@ class Measurement:
     Attributes:
         ci95: low and high end of the 95 % confidence interval; None where unknown or exact.
         samples: how many observations stand behind the value.
+        outcomes: of a share, which samples count for it: a bit for each, the first one leading, as hexadecimal digits,
+            so that two shares of the same samples can be compared in pairs; "" where unknown.
     """
 
     name: str
@@ -194,6 +196,7 @@ class Measurement:
     ci95: tuple[float, float] | None
     samples: int
     provenance: Provenance
+    outcomes: str = ""
 
 
 @dataclass(frozen=True)
