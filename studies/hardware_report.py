@@ -12,7 +12,7 @@ from ..core.types import Measurement
 from ..evaluators.units import scale, show
 from ..hardware.compare import Compared
 from ..hardware.targets import find_backend
-from .study import metrics_as_json
+from .rows import metrics_as_json
 
 
 def show_interval(measurement: Measurement) -> str:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.codec import decode_artifact, decode_measurements, describe_bits, describe_plan, digest, encode_evaluation
+from ..core.codec import decode_artifact, decode_measurements, describe_plan, digest, encode_evaluation
 from ..core.errors import InputError
 from ..core.types import Artifact, Candidate, Evaluation, Measurement, State
 from ..evaluators.objectives import Objective, find_objective, joint_names, parse_constraint
 from .pareto import nondominated
+from .rows import metrics_as_json, trial_row
 from .storage import Database, sqlite_url
 
 if TYPE_CHECKING:
@@ -318,46 +319,3 @@ def read_record(trial: FrozenTrial, folder: Path) -> Record:
         baseline=stored["baseline"],
         notes=tuple(stored.get("notes", ())),
     )
-
-
-def trial_row(record: Record) -> dict[str, Any]:
-    """One flat row of `trials.csv`."""
-    row: dict[str, Any] = {
-        "trial": record.trial,
-        "state": str(record.state),
-        "baseline": record.baseline,
-        "plan": record.summary,
-        "reason": record.reason,
-        "seconds": record.seconds,
-        "bits_in_graph": describe_bits(record.artifact.bits) if record.artifact else "",
-        "notes": "; ".join(record.notes),
-    }
-    row |= metric_columns(record.metrics)
-    return row | {f"param:{name}": value for name, value in record.params.items()} | {"key": record.key}
-
-
-def metric_columns(metrics: Mapping[str, Measurement]) -> dict[str, Any]:
-    """Columns NAME, NAME_low, NAME_high, NAME_unit and NAME_kind of each metric, in SI units; NAME_flags where any."""
-    row: dict[str, Any] = {}
-    for name, m in metrics.items():
-        low, high = m.ci95 if m.ci95 else (None, None)
-        row |= {name: m.value, f"{name}_low": low, f"{name}_high": high, f"{name}_unit": m.unit}
-        row[f"{name}_kind"] = str(m.provenance.method)
-        if m.provenance.flags:
-            row[f"{name}_flags"] = "; ".join(m.provenance.flags)
-    return row
-
-
-def metrics_as_json(metrics: Mapping[str, Measurement]) -> dict[str, dict[str, Any]]:
-    """{name: {value, unit, low, high, kind, flags}}, in SI units; low and high are None where exact or unknown."""
-    return {
-        name: {
-            "value": m.value,
-            "unit": m.unit,
-            "low": m.ci95[0] if m.ci95 else None,
-            "high": m.ci95[1] if m.ci95 else None,
-            "kind": str(m.provenance.method),
-            "flags": list(m.provenance.flags),
-        }
-        for name, m in metrics.items()
-    }
