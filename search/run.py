@@ -30,9 +30,10 @@ from ..evaluators.objectives import (
 from ..evaluators.pipeline import Evaluator, baseline_plans
 from ..hardware.targets import make_backend
 from ..spaces.stock import task_finetune
+from ..studies.point import make_folder
 from ..studies.report import write_reports
 from ..studies.storage import Database
-from ..studies.study import Record, Study, make_folder
+from ..studies.study import Record, Study
 from ..tasks.data import example_input
 from .config import SearchConfig, make_config, save_config
 from .engine import Engine, Progress

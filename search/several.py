@@ -16,8 +16,9 @@ from ..core.errors import InputError
 from ..core.types import Backend, Candidate, Capabilities, Evaluation, Measurement, Plan, State, Task
 from ..evaluators.objectives import Constraint, find_objective, is_device_figure, joint_names, parse_objectives
 from ..evaluators.pipeline import Evaluator, baseline_plans
+from ..studies.point import make_folder
 from ..studies.storage import Database, sqlite_url
-from ..studies.study import Study, make_folder, part_folder
+from ..studies.study import Study, part_folder
 from .config import SearchConfig
 
 
@@ -61,7 +62,11 @@ def make_parts(
         database = _database(own, place, [o.direction for o in objectives], config.objectives)
         evaluator = Evaluator(task, backend, objectives, constraints, place, cache=folder / "cache")
         baselines = baseline_plans(backend.capabilities, finetune)
-        parts.append(Part(target, own, evaluator, Study(place, objectives, database), database, baselines))
+        parts.append(
+            Part(
+                target, own, evaluator, Study(place, objectives, database, constraints=constraints), database, baselines
+            )
+        )
     return parts
 
 

@@ -22,25 +22,40 @@ def nondominated(values: Sequence[Sequence[float]], directions: Sequence[str]) -
     return [bool(kept) for kept in moocore.is_nondominated(np.asarray(values, float), maximise=maximise)]
 
 
-def hypervolume(values: Sequence[Sequence[float]], directions: Sequence[str], baseline: Sequence[float]) -> float:
+def hypervolume(
+    values: Sequence[Sequence[float]],
+    directions: Sequence[str],
+    baseline: Sequence[float] = (),
+    *,
+    reference: Sequence[float] = (),
+) -> float:
     """Share of the box between the ideal and the reference point that the points dominate, 0 to 1.
 
-    The reference point is 10 % worse than the untouched model in each minimised objective and 0 in each
-    maximised one; the ideal is 0 where smaller is better, and the larger of 1 and the best value where
-    larger is better for shares (the best value seen for others).
+    The ideal is 0 where smaller is better, and the larger of 1 and the best value where larger is better for shares
+    (the best value seen for others, which makes volumes of different points comparable only if they share it).
+
+    Args:
+        baseline: the untouched model's values; the reference point is 10 % worse in each minimised objective, and 0
+            in each maximised one.
+        reference: the reference point itself, instead.
     """
     if not len(values):
         return 0.0
     import moocore
 
-    points, reference, ideal = np.array(values, float), np.array(baseline, float), np.zeros(len(directions))
-    for column, direction in enumerate(directions):
-        if direction == "maximize":
-            best = max(float(points[:, column].max()), reference[column])
-            ideal[column] = -(1.0 if best <= 1 else best)
-            points[:, column] *= -1
-            reference[column] = 0.0
-        else:
-            reference[column] = reference[column] * 1.1 or 1e-12
-    volume = float(moocore.hypervolume(points, ref=reference))
-    return volume / float(np.prod(reference - ideal))
+    signs = np.array([-1.0 if direction == "maximize" else 1.0 for direction in directions])
+    points = np.array(values, float) * signs
+    if len(reference):
+        corner = np.array(reference, float) * signs
+    else:
+        base = np.array(baseline, float)
+        corner = np.where(signs > 0, base + 0.1 * np.abs(base), 0.0)
+        corner[(signs > 0) & (base == 0)] = 1e-12
+    best = np.minimum(points.min(0), corner)
+    if len(baseline):
+        best = np.minimum(best, np.array(baseline, float) * signs)
+    ideal = np.where(signs > 0, np.minimum(best, 0.0), np.where(best >= -1, -1.0, best))
+    if not (corner > ideal).all():
+        return 0.0  # a box without room
+    volume = float(moocore.hypervolume(points, ref=corner))
+    return volume / float(np.prod(corner - ideal))

@@ -9,7 +9,8 @@ from typing import Any
 from ..core.types import Measurement, State
 from ..evaluators.units import scale
 from .pareto import nondominated
-from .study import Point, Record, Study
+from .point import Point
+from .study import Record, Study
 
 FRONT, BASELINE = "#1667c7", "#d1495b"
 

@@ -15,8 +15,9 @@ from ..evaluators.objectives import alongside
 from ..evaluators.units import scale, show_measurement
 from .cross import cross_as_csv, cross_as_json, crossings
 from .plot import write_plot
+from .point import Point
 from .rows import metric_columns, metrics_as_json, trial_row
-from .study import Point, Study
+from .study import Study
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -123,12 +123,13 @@ class Database:
         """All finished trials, by number."""
         return self.study.get_trials(deepcopy=False)
 
-    def set_front(self, number: int, split: str, metrics: Mapping[str, Any]) -> None:
-        """Keep what a front point was measured at again, on `split`."""
-        self.study.set_user_attr(f"{FRONT_PREFIX}{number}", {"split": split, "metrics": metrics})
+    def set_front(self, number: int, split: str, metrics: Mapping[str, Any], sessions: Sequence[Any] = ()) -> None:
+        """Keep what a front point was measured at again, on `split`, and what each time gave."""
+        found = {"split": split, "metrics": metrics, "sessions": [*sessions]}
+        self.study.set_user_attr(f"{FRONT_PREFIX}{number}", found)
 
     def front(self) -> dict[int, dict[str, Any]]:
-        """{trial number: {"split", "metrics"}} of the points measured again."""
+        """{trial number: {"split", "metrics", "sessions"}} of the points measured again."""
         attributes = self.study.user_attrs.items()
         return {int(key.removeprefix(FRONT_PREFIX)): value for key, value in attributes if key.startswith(FRONT_PREFIX)}
 

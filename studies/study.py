@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.codec import decode_artifact, decode_measurements, describe_plan, digest, encode_evaluation
+from ..core.codec import (
+    decode_artifact,
+    decode_measurements,
+    describe_plan,
+    digest,
+    encode_evaluation,
+    encode_measurements,
+)
 from ..core.errors import InputError
 from ..core.types import Artifact, Candidate, Evaluation, Measurement, State
-from ..evaluators.objectives import Objective, find_objective, joint_names, parse_constraint
-from .pareto import nondominated
-from .rows import metrics_as_json, trial_row
+from ..evaluators.objectives import (
+    Constraint,
+    Objective,
+    find_objective,
+    is_device_figure,
+    joint_names,
+    parse_constraint,
+)
+from .front import Results
+from .noise import merge
+from .pareto import hypervolume
+from .point import Point
+from .rows import trial_row
 from .storage import Database, sqlite_url
 
 if TYPE_CHECKING:
@@ -24,6 +39,8 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
+
+SESSIONS = 10  # measurements of one trial after the search that are kept, the newest
 
 
 @dataclass(frozen=True)
@@ -52,51 +69,6 @@ class Record:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Point:
-    """A point of the front (or a baseline beside it).
-
-    Attributes:
-        split: "test" once it was measured on held-out data, "search" before.
-        on_front: False for a baseline that other points beat, or that breaks a constraint.
-    """
-
-    trial: int
-    summary: str
-    plan: list[dict[str, Any]]
-    split: str
-    metrics: Mapping[str, Measurement]
-    baseline: str
-    on_front: bool
-    artifact: Artifact | None
-
-    def export(self, path: str | Path) -> Path:
-        """Copy the deployable file into folder `path`, with `bundle.json` beside it that says what it is.
-
-        Raises:
-            InputError: the file is gone, or `path` holds another bundle already.
-        """
-        folder = Path(path)
-        if self.artifact is None or not self.artifact.path.is_file():
-            raise InputError(f"trial {self.trial}: its file is no longer in the run folder")
-        if (folder / "bundle.json").exists():
-            raise InputError(f"{folder} holds a bundle already; choose another folder")
-        make_folder(folder)
-        shutil.copy2(self.artifact.path, folder / self.artifact.path.name)
-        card = {
-            "file": self.artifact.path.name,
-            "sha256": self.artifact.sha256,
-            "target": self.artifact.runtime,
-            "trial": self.trial,
-            "plan": self.plan,
-            "split": self.split,
-            "metrics": metrics_as_json(self.metrics),
-            "bits_in_graph": self.artifact.bits,
-        }
-        (folder / "bundle.json").write_text(json.dumps(card, indent=2) + "\n")
-        return folder
-
-
 class Study:
     """The results of one search, read from its run folder.
 
@@ -104,6 +76,7 @@ class Study:
         folder: the run folder.
         objectives: what was optimised, in order.
         parts: in a search for several targets, the study of each, by target.
+        constraints: the limits of the search.
     """
 
     def __init__(
@@ -112,9 +85,10 @@ class Study:
         objectives: Sequence[Objective],
         database: Database,
         parts: Mapping[str, Study] | None = None,
+        constraints: Sequence[Constraint] = (),
     ) -> None:
         self.folder, self.objectives, self._database = folder, tuple(objectives), database
-        self.parts = parts or {}
+        self.parts, self.constraints = parts or {}, tuple(constraints)
         self._keys: set[str] | None = None
 
     @classmethod
@@ -132,10 +106,11 @@ class Study:
             study, url = config["study"], config.get("storage") or sqlite_url(path)
             targets = config["target"] if isinstance(config["target"], list) else [config["target"]]
             names = joint_names(config["objectives"], targets)
+            limits = [parse_constraint(text) for text in config.get("constraints", [])]
         except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
             raise InputError(f"{path / 'config.yaml'} is broken: {' '.join(str(error).split())[:200]}") from error
         parts = {target: cls.open(path / part_folder(target)) for target in targets} if len(targets) > 1 else {}
-        return cls(path, [find_objective(name) for name in names], Database(url, study=study), parts)
+        return cls(path, [find_objective(name) for name in names], Database(url, study=study), parts, limits)
 
     @property
     def storage(self) -> BaseStorage:
@@ -212,33 +187,39 @@ class Study:
             return None
         return self.values(found)
 
-    def front(self, baselines: bool = True) -> list[Point]:
-        """The feasible trials that no other beats on the search split, best first objective first.
+    def front(self, baselines: bool = True, verified: bool = False) -> list[Point]:
+        """The feasible trials that are better than any other by more than noise, best first objective first.
 
-        Figures are those of the test split once the search has ended. With `baselines`, the baselines
-        come along whether or not they are on the front (see `Point.on_front`).
+        On the search split, that is; docs/fronts.md has the rule. Figures are those of the test split once the search
+        has ended.
+
+        Args:
+            baselines: whether what is shown beside the front comes along, with `Point.on_front` False: beaten
+                baselines, and points that no other beats if noise is ignored.
+            verified: the front of the test split instead, of what was measured there; [] before the search has ended.
         """
-        records = self.records()
         again = self._database.front()
-        best = self.front_trials(records)
+        results = self._results()
+        places = results.places()
         points = []
-        for record in records:
-            on_front = record.trial in best
-            if not on_front and not (baselines and record.baseline and record.metrics):
+        for record in results.records:
+            place = places.get(record.trial)
+            beside = place and (place.no_better_than is not None or (record.baseline and record.metrics))
+            if place is None or not (place.verified if verified else place.on_front or (baselines and beside)):
                 continue
-            later = again.get(record.trial)
-            metrics = decode_measurements(later["metrics"]) if later else record.metrics
-            split = later["split"] if later else "search"
             points.append(
                 Point(
                     record.trial,
                     record.summary,
                     record.plan,
-                    split,
-                    metrics,
+                    again[record.trial]["split"] if record.trial in again else "search",
+                    results.again.get(record.trial, record.metrics),
                     record.baseline,
-                    on_front,
+                    verified or place.on_front,
                     record.artifact,
+                    None if verified else place.no_better_than,
+                    place.verified,
+                    place.change,
                 )
             )
         first = self.objectives[0]
@@ -247,11 +228,52 @@ class Study:
             points, key=lambda p: sign * p.metrics[first.name].value if first.name in p.metrics else float("inf")
         )
 
+    def _results(self, records: Sequence[Record] | None = None) -> Results:
+        again = {trial: decode_measurements(found["metrics"]) for trial, found in self._database.front().items()}
+        return Results(self.records() if records is None else records, again, self.objectives, self.constraints)
+
     def front_trials(self, records: Sequence[Record]) -> set[int]:
-        """Numbers of the complete, feasible trials that no other beats on the search split."""
-        done = [record for record in records if record.state is State.COMPLETE]
-        kept = nondominated([self.values(record.metrics) for record in done], self.directions)
-        return {record.trial for record, keep in zip(done, kept, strict=True) if keep}
+        """Numbers of the complete, feasible trials that no other beats on the search split, noise or not."""
+        return {record.trial for record in Results(records, {}, self.objectives).contenders()}
+
+    def doubtful(self) -> list[int]:
+        """Trials whose place on the front depends on where in their intervals the device's figures lie."""
+        return self._results().doubtful()
+
+    def add_again(self, trial: int, split: str, metrics: Mapping[str, Measurement]) -> None:
+        """Record what a trial was measured at after the search; the device's figures are merged with earlier ones."""
+        known = self._database.front().get(trial, {})
+        earlier = [decode_measurements(session) for session in known.get("sessions", [])]
+        device = {name: m for name, m in metrics.items() if is_device_figure(name) or name == "reference_latency"}
+        sessions = [*earlier[1 - SESSIONS :], device]
+        merged = {name: merge([session[name] for session in sessions if name in session]) for name in device}
+        self._database.set_front(
+            trial, split, encode_measurements({**metrics, **merged}), [encode_measurements(found) for found in sessions]
+        )
+
+    def hypervolume(self, reference: Mapping[str, float] | None = None) -> float:
+        """Share of the box between the ideal and the reference point that complete trials dominate on the search split.
+
+        Noise is not taken off, which makes it the larger the more trials there are.
+
+        Args:
+            reference: by objective; without, 10 % worse than the untouched model, or 0 (see `pareto.hypervolume`).
+
+        Raises:
+            InputError: no trial of the untouched model, or an objective without a reference.
+        """
+        records = self.records()
+        values = [self.values(record.metrics) for record in records if record.state is State.COMPLETE]
+        if reference is not None:
+            missing = [objective.name for objective in self.objectives if objective.name not in reference]
+            if missing:
+                raise InputError(f"hypervolume: the reference point has no {missing[0]}")
+            corner = [reference[objective.name] for objective in self.objectives]
+            return hypervolume(values, self.directions, reference=corner)
+        untouched = next((record for record in records if record.baseline == "untouched"), None)
+        if untouched is None:
+            raise InputError(f"{self.folder}: the untouched model was not measured; give a reference point")
+        return hypervolume(values, self.directions, self.values(untouched.metrics))
 
     def values(self, metrics: Mapping[str, Measurement]) -> list[float]:
         """One value per objective."""
@@ -266,15 +288,16 @@ class Study:
         Raises:
             InputError: no front point is within the limits.
         """
-        points = self.front()
+        points = sorted(self.front(), key=lambda point: not point.on_front)
         untouched = next((p for p in points if p.baseline == "untouched"), None)
         constraints = [parse_constraint(f"{name}{limit}") for name, limit in limits.items()]
         for constraint in constraints:
             if constraint.kind != "absolute" and untouched is None:
                 raise InputError(f"'{constraint.text}' is relative, and the untouched model was not measured")
         base = untouched.metrics if untouched else {}
+        # Those that are no better than a front point are within limits where that one may be not.
         for point in points:
-            if point.on_front and all(
+            if (point.on_front or point.no_better_than is not None) and all(
                 c.name in point.metrics and c.violation(point.metrics, base) <= 0 for c in constraints
             ):
                 return point
@@ -291,14 +314,6 @@ class Study:
 def part_folder(target: str) -> str:
     """Name of a target's folder inside the run folder of a search for several."""
     return re.sub(r"[^\w.=-]+", "-", target)
-
-
-def make_folder(folder: Path) -> None:
-    """Make `folder` and its parents; raises InputError where that can't be done."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"can't make the folder {folder}: {error.strerror}") from error
 
 
 def read_record(trial: FrozenTrial, folder: Path) -> Record:

@@ -18,7 +18,7 @@ _NAMES = {
     "run_search": "search.run",
     "SearchConfig": "search.config",
     "Study": "studies.study",
-    "Point": "studies.study",
+    "Point": "studies.point",
     "Prune": "compression.pruning",
     "Quantize": "compression.quantization",
     "Finetune": "compression.finetune",
@@ -92,7 +92,7 @@ if TYPE_CHECKING:
     from .search.config import SearchConfig as SearchConfig
     from .search.run import run_search as run_search
     from .spaces.stock import stock_space as stock_space
-    from .studies.study import Point as Point
+    from .studies.point import Point as Point
     from .studies.study import Study as Study
     from .tasks.data import load_data as load_data
     from .tasks.models import load_task as load_task
