@@ -50,22 +50,29 @@ def paired_interval(gained: int, lost: int, count: int) -> tuple[float, float]:
     return (difference - half) / (count + 2), (difference + half) / (count + 2)
 
 
-def pooled_interval(values: Sequence[float], errors: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """Mean of measurements of one thing and its 95 % interval, which is wider where they disagree.
+def variance_between(values: Sequence[float], errors: Sequence[float]) -> float:
+    """Variance of the thing that was measured several times, beyond what the standard errors explain.
 
-    Args:
-        errors: standard error of each value, above 0.
-
-    Source: random effects by DerSimonian and Laird 1986, Controlled Clinical Trials 7.
+    Source: DerSimonian and Laird 1986, Controlled Clinical Trials 7.
     """
     weights = [error**-2 for error in errors]
     total = sum(weights)
     mean = sum(w * value for w, value in zip(weights, values, strict=True)) / total
     disagreement = sum(w * (value - mean) ** 2 for w, value in zip(weights, values, strict=True))
     scale = total - sum(w**2 for w in weights) / total
-    between = max(0.0, (disagreement - (len(values) - 1)) / scale) if scale > 0 else 0.0
+    return max(0.0, (disagreement - (len(values) - 1)) / scale) if scale > 0 else 0.0
+
+
+def pooled_interval(values: Sequence[float], errors: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """Mean of several measurements of one thing and its 95 % interval, which is wider where they disagree.
+
+    Args:
+        errors: standard error of each value, above 0.
+
+    Source: random effects, as for `variance_between`.
+    """
+    between = variance_between(values, errors)
     weights = [1 / (error**2 + between) for error in errors]
-    total = sum(weights)
-    mean = sum(w * value for w, value in zip(weights, values, strict=True)) / total
-    half = Z95 / math.sqrt(total)
+    mean = sum(w * value for w, value in zip(weights, values, strict=True)) / sum(weights)
+    half = Z95 / math.sqrt(sum(weights))
     return mean, (mean - half, mean + half)

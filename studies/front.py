@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..core.types import Measurement, Method, State
 from ..evaluators.objectives import Constraint, Objective, is_device_figure
 from ..evaluators.units import show
-from .noise import Row, doubtful, standings
+from .noise import Row, doubtful, spread, standings, widen
 from .pareto import nondominated
 
 if TYPE_CHECKING:
     from .study import Record
 
 Metrics = Mapping[str, Measurement]
+TIMED = ("latency", "expected_latency", "throughput")
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Results:
 
     Attributes:
         again: by trial, what was measured on the test split after the search, with the device's figures of all
-            measurements since merged.
+            sessions since merged.
+        sessions: by trial, the device's figures of each of these sessions.
         constraints: limits that points must keep on the test split too.
     """
 
@@ -42,13 +46,35 @@ class Results:
     again: Mapping[int, Metrics]
     objectives: Sequence[Objective]
     constraints: Sequence[Constraint] = ()
+    sessions: Mapping[int, Sequence[Metrics]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def _uneven(self) -> tuple[float, float]:
+        return self.unevenness()
 
     @property
     def _directions(self) -> list[str]:
         return [objective.direction for objective in self.objectives]
 
-    def _row(self, metrics: Metrics) -> Row:
-        return [metrics[objective.name] for objective in self.objectives]
+    def _row(self, metrics: Metrics, deviation: float = 0.0) -> Row:
+        """One figure per objective; `deviation` of this machine's clock counts as noise of the timed ones."""
+        found = [metrics[objective.name] for objective in self.objectives]
+        return [widen(m, deviation) if m.name in TIMED and _is_measured(m) else m for m in found]
+
+    def unevenness(self) -> tuple[float, float]:
+        """Relative standard deviation of the untouched model's latency from one measurement to the next.
+
+        During the search and after it; the former stands in for the latter where that is not known.
+        """
+        search = [_reference(record.metrics) for record in self.records]
+        after = [_reference(session) for found in self.sessions.values() for session in found]
+        known = [[m for m in found if m is not None and _is_measured(m)] for found in (search, after)]
+        first = spread(known[0]) if known[0] else 0.0
+        return first, spread(known[1]) if len(known[1]) > 2 else first
+
+    def _after(self, trial: int) -> float:
+        """What `unevenness` leaves of a trial's figures that were measured again and merged."""
+        return self._uneven[1] / math.sqrt(max(1, len(self.sessions.get(trial, ()))))
 
     def contenders(self) -> list[Record]:
         """The complete, feasible trials that no other beats by the values of the search alone, noise or not.
@@ -66,7 +92,8 @@ class Results:
         for record in records:
             again = self.again.get(record.trial, {})
             device = {name: m for name, m in again.items() if is_device_figure(name)}
-            rows.append(self._row({**record.metrics, **device}))
+            deviation = self._after(record.trial) if device else self._uneven[0]
+            rows.append(self._row({**record.metrics, **device}, deviation))
         return records, rows
 
     def tested(self) -> tuple[list[Record], list[Row]]:
@@ -77,7 +104,7 @@ class Results:
             for r in self.records
             if r.state is State.COMPLETE and (r.trial in contenders or r.baseline) and self._broken(r) == ""
         ]
-        return records, [self._row(self.again[record.trial]) for record in records]
+        return records, [self._row(self.again[record.trial], self._after(record.trial)) for record in records]
 
     def _broken(self, record: Record) -> str | None:
         """The first limit that is broken on the test split, "" for none; None where a figure is missing there."""
@@ -135,12 +162,17 @@ class Results:
         """Trials that are on the front or not depending on where in their intervals the device's figures lie."""
         trials: set[int] = set()
         for records, rows in (self.found(), self.tested()):
-            movable = [[self._movable(m, o) for m, o in zip(row, self.objectives, strict=True)] for row in rows]
+            # Another measurement tells no more about what is computed, nor about the same images.
+            names = [is_device_figure(objective.name) for objective in self.objectives]
+            movable = [[device and _is_measured(m) for m, device in zip(row, names, strict=True)] for row in rows]
             trials |= {records[position].trial for position in doubtful(rows, self._directions, movable)}
         return sorted(trials)
 
-    @staticmethod
-    def _movable(measurement: Measurement, objective: Objective) -> bool:
-        """Whether another measurement would tell more: not of what is computed, nor of the same images again."""
-        measured = measurement.provenance.method is Method.MEASURED and measurement.ci95 is not None
-        return measured and is_device_figure(objective.name)
+
+def _is_measured(measurement: Measurement) -> bool:
+    return measurement.provenance.method is Method.MEASURED and measurement.ci95 is not None
+
+
+def _reference(metrics: Metrics) -> Measurement | None:
+    """The untouched model's latency, as timed in turns with a trial."""
+    return metrics.get("reference_latency")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..core.types import Measurement
-from ..hardware.statistics import Z95, paired_interval, pooled_interval
+from ..hardware.statistics import Z95, paired_interval, pooled_interval, variance_between
 
 Row = Sequence[Measurement]
 
@@ -175,10 +175,7 @@ def merge(taken: Sequence[Measurement]) -> Measurement:
     intervals = [m.ci95 for m in same if m.ci95 is not None]
     if len(same) == 1 or len(intervals) < len(same):
         return newest
-    values = [m.value for m in same]
-    # A clock's steps can make an interval empty; none is narrower than a millionth of its figure.
-    halves = [max((high - low) / 2, 1e-6 * abs(m.value), 1e-30) for m, (low, high) in zip(same, intervals, strict=True)]
-    value, interval = pooled_interval(values, [half / Z95 for half in halves])
+    value, interval = pooled_interval([m.value for m in same], [_error(m) for m in same])
     flags = tuple(dict.fromkeys(flag for m in same for flag in m.provenance.flags))
     return dataclasses.replace(
         newest,
@@ -187,6 +184,33 @@ def merge(taken: Sequence[Measurement]) -> Measurement:
         samples=sum(m.samples for m in same),
         provenance=dataclasses.replace(newest.provenance, flags=flags),
     )
+
+
+def _error(measurement: Measurement) -> float:
+    """Standard error; a clock's steps can make an interval empty, so it is a millionth of the figure at least."""
+    low, high = _ends(measurement)
+    return max((high - low) / 2 / Z95, 1e-6 * abs(measurement.value), 1e-30)
+
+
+def spread(taken: Sequence[Measurement]) -> float:
+    """Relative standard deviation of one thing from one measurement to the next, beyond what their intervals explain.
+
+    0 for fewer than three measurements.
+    """
+    same = [m for m in taken if _source(m) == _source(taken[-1]) and m.value > 0]
+    if len(same) < 3:
+        return 0.0
+    logs = [math.log(m.value) for m in same]
+    return math.sqrt(variance_between(logs, [_error(m) / m.value for m in same]))
+
+
+def widen(measurement: Measurement, deviation: float) -> Measurement:
+    """The figure with an interval that holds another, relative standard deviation too; exact ones stay."""
+    if measurement.ci95 is None:
+        return measurement
+    value, (low, high), more = measurement.value, measurement.ci95, Z95 * deviation * measurement.value
+    interval = (value - math.hypot(value - low, more), value + math.hypot(high - value, more))
+    return dataclasses.replace(measurement, ci95=interval)
 
 
 def _source(measurement: Measurement) -> tuple[str, str, str]:

@@ -228,9 +228,23 @@ class Study:
             points, key=lambda p: sign * p.metrics[first.name].value if first.name in p.metrics else float("inf")
         )
 
-    def _results(self, records: Sequence[Record] | None = None) -> Results:
-        again = {trial: decode_measurements(found["metrics"]) for trial, found in self._database.front().items()}
-        return Results(self.records() if records is None else records, again, self.objectives, self.constraints)
+    def _results(self) -> Results:
+        stored = self._database.front()
+        return Results(
+            self.records(),
+            {trial: decode_measurements(found["metrics"]) for trial, found in stored.items()},
+            self.objectives,
+            self.constraints,
+            {trial: [decode_measurements(m) for m in found.get("sessions", [])] for trial, found in stored.items()},
+        )
+
+    def unevenness(self) -> float:
+        """Relative standard deviation of the untouched model's latency from one measurement to the next.
+
+        Fronts take it for noise of each latency, beside its own interval.
+        """
+        during, after = self._results().unevenness()
+        return after if self._database.front() else during
 
     def front_trials(self, records: Sequence[Record]) -> set[int]:
         """Numbers of the complete, feasible trials that no other beats on the search split, noise or not."""
