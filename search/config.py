@@ -52,6 +52,8 @@ class SearchConfig(BaseModel):
             epoch, or less for big models (about a minute on one CPU core, a few where convolutions are depthwise).
         trials: candidates to evaluate, baselines included.
         time: wall-clock budget in seconds ("30m" in YAML); none for no limit.
+        verify_time: seconds at the end of a search in which points whose place on the front is in doubt are measured
+            again (docs/fronts.md).
         trial_timeout: seconds after which one candidate counts as hanging.
         threads: cores that a measurement is pinned to; 0 for all.
         storage: SQLAlchemy URL of the study; none for study.db in the run folder.
@@ -76,6 +78,7 @@ class SearchConfig(BaseModel):
     sampler: str = "tpe"
     trials: int = Field(40, ge=1)
     time: Duration | None = None
+    verify_time: Annotated[float, BeforeValidator(seconds), Field(ge=0)] = 60.0
     trial_timeout: Duration = 1800.0
     workers: int = Field(1, ge=1)
     executor: Literal["ray", "inline"] = "ray"

@@ -42,6 +42,7 @@ class Console:
         self._values: list[list[float]] = []
         self._start = time.monotonic()
         self._at_start = 0
+        self._settling = False
         self.interrupted = False
 
     def started(self, study: Study, config: SearchConfig, task: Task, baseline: Record) -> None:
@@ -86,6 +87,22 @@ class Console:
             self._live.update(Text(text))
         elif done == 0:
             self._console.print(f"measuring {total} front points and baselines again on the test split")
+
+    def settling(self, doubtful: int, left: float) -> None:
+        """Say that points which noise leaves in doubt are measured again."""
+        points = f"{doubtful} point{'s' if doubtful > 1 else ''}"
+        text = f"{points} may or may not be on the front: measuring again, {_duration(left)} left at most"
+        if self._live is not None:
+            self._live.update(Text(text))
+        elif not self._settling:
+            self._console.print(text)
+        self._settling = True
+
+    def settled(self, points: int, times: int, doubtful: int) -> None:
+        """Say what became of them."""
+        left = f"{doubtful} still in doubt (--verify-time gives them longer)" if doubtful else "none is in doubt now"
+        self._console.print(f"{points} doubtful point{'s' if points > 1 else ''} measured again {times} times: {left}")
+        self._settling = False
 
     def trouble(self, text: str) -> None:
         """Tell of something that went wrong without ending the search."""

@@ -254,6 +254,10 @@ class Study:
         """Trials whose place on the front depends on where in their intervals the device's figures lie."""
         return self._results().doubtful()
 
+    def measured_again(self) -> dict[int, Mapping[str, Measurement]]:
+        """By trial, the figures on the test split of what was measured after the search."""
+        return {trial: decode_measurements(found["metrics"]) for trial, found in self._database.front().items()}
+
     def add_again(self, trial: int, split: str, metrics: Mapping[str, Measurement]) -> None:
         """Record what a trial was measured at after the search; the device's figures are merged with earlier ones."""
         known = self._database.front().get(trial, {})
