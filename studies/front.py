@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -52,14 +53,24 @@ class Results:
     def _uneven(self) -> tuple[float, float]:
         return self.unevenness()
 
-    @property
+    @functools.cached_property
     def _directions(self) -> list[str]:
         return [objective.direction for objective in self.objectives]
 
     def _row(self, metrics: Metrics, deviation: float = 0.0) -> Row:
-        """One figure per objective; `deviation` of this machine's clock counts as noise of the timed ones."""
-        found = [metrics[objective.name] for objective in self.objectives]
-        return [widen(m, deviation) if m.name in TIMED and _is_measured(m) else m for m in found]
+        """One figure per objective, with an interval that is noise.
+
+        Args:
+            deviation: of measured times from one measurement to the next, relative.
+        """
+        row = []
+        for objective in self.objectives:
+            found, name = metrics[objective.name], objective.name.partition("@")[0]
+            if is_device_figure(name) and found.provenance.method is not Method.MEASURED:
+                # How far a model of the device may be off: in the same direction for all, so that it hides no order.
+                found = dataclasses.replace(found, ci95=None)
+            row.append(widen(found, deviation) if name in TIMED else found)
+        return row
 
     def unevenness(self) -> tuple[float, float]:
         """Relative standard deviation of the untouched model's latency from one measurement to the next.
@@ -153,8 +164,8 @@ class Results:
         changes = [] if on_front else ["not on the front of the search split"]
         for objective in self.objectives:
             before, now = record.metrics[objective.name], self.again[record.trial][objective.name]
-            if before.value != now.value:
-                values = (show(objective.name, m.value, m.unit) for m in (before, now))
+            values = [show(objective.name, m.value, m.unit) for m in (before, now)]
+            if values[0] != values[1]:
                 changes.append(f"{objective.name} {' → '.join(values)}")
         return True, ", ".join(changes)
 

@@ -12,7 +12,7 @@ from .pareto import nondominated
 from .point import Point
 from .study import Record, Study
 
-FRONT, BASELINE = "#1667c7", "#d1495b"
+FRONT, BASELINE, LEVEL = "#1667c7", "#d1495b", "#7aa5d6"
 
 
 def write_plot(study: Study, records: Sequence[Record], points: Sequence[Point], path: Path) -> None:
@@ -45,6 +45,10 @@ def write_plot(study: Study, records: Sequence[Record], points: Sequence[Point],
         front = sorted((p for p in points if p.on_front and p.split == split), key=lambda p: p.metrics[x].value)
         if front:
             _add_front(figure, study, front, x, y, factors, split)
+        level = [p for p in points if p.no_better_than is not None and not p.baseline and p.split == split]
+        if level:
+            name = f"better by noise alone ({split} split)"
+            figure.add_trace(_points(level, x, y, factors, name, LEVEL, "markers", "circle-open"))
         rest = [p for p in points if p.baseline and p.split == split and x in p.metrics and y in p.metrics]
         if rest:
             marked = _points(
@@ -53,10 +57,12 @@ def write_plot(study: Study, records: Sequence[Record], points: Sequence[Point],
             marked.text = [p.baseline for p in rest]
             marked.textposition = "bottom right"
             figure.add_trace(marked)
+    crossed = any(point.on_front and point.verified is False for point in points)
     counts = {state: sum(r.state is state for r in records) for state in State}
     figure.update_layout(
         title=f"{study.folder.name}: {y} against {x}<br><sup>{len(records)} trials, {counts[State.FAILED]} failed, "
-        f"{counts[State.INFEASIBLE]} outside a constraint; bars: 95 % intervals</sup>",
+        f"{counts[State.INFEASIBLE]} outside a constraint; bars: 95 % intervals"
+        f"{'; crossed: not on the front of the test split' if crossed else ''}</sup>",
         xaxis_title=factors.x_title,
         yaxis_title=factors.y_title,
         template="plotly_white",
@@ -88,6 +94,7 @@ def _add_front(
         )
     )
     trace = _points(front, x, y, factors, f"front ({split} split)", FRONT, "markers", "circle")
+    trace.marker.symbol = ["circle-x" if point.verified is False else "circle" for point in front]
     third = next((name for name in directions if name not in (x, y) and all(name in p.metrics for p in front)), None)
     if third is not None:
         factor, unit = scale(third, front[0].metrics[third].unit, max(p.metrics[third].value for p in front))
@@ -139,9 +146,17 @@ def _points(
         name=name,
         line={"color": colour},
         marker={"size": 11, "color": colour, "symbol": symbol},
-        customdata=[f"trial {p.trial}: {p.summary}" for p in points],
+        customdata=[_about(point) for point in points],
         hovertemplate="%{customdata}<br>%{x:.4g}, %{y:.4g}<extra></extra>",
     )
+
+
+def _about(point: Point) -> str:
+    """What the pointer over a point shows beside its figures."""
+    text = f"trial {point.trial}: {point.summary}"
+    if point.no_better_than is not None:
+        return f"{text}<br>no better than trial {point.no_better_than}"
+    return f"{text}<br>{point.change}" if point.change else text
 
 
 def _bars(measurements: Sequence[Measurement], factor: float, colour: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -88,9 +88,14 @@ def search(
     finetune_steps: Annotated[
         int | None, typer.Option(help="Training steps after a cut; default: an epoch, less for big models.")
     ] = None,
-    sampler: Annotated[str | None, typer.Option(help="tpe, nsga2, nsga3, gp or random.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="tpe, nsga2, nsga3, gp, evolution, local, rl (one objective), grid or random.")
+    ] = None,
     trials: Annotated[int | None, typer.Option(help="Candidates to evaluate, baselines included.")] = None,
     time: Annotated[str | None, typer.Option(help="Wall-clock budget, such as 30m.")] = None,
+    verify_time: Annotated[
+        str | None, typer.Option(help="For measuring doubtful points of the front again, such as 2m; default: 60s.")
+    ] = None,
     trial_timeout: Annotated[
         str | None, typer.Option(help="When one candidate counts as hanging, such as 10m.")
     ] = None,
@@ -111,7 +116,7 @@ def search(
         "model": model, "data": data, "weights": weights, "image_size": image_size, "target": target,
         "threads": threads, "objectives": objectives, "constraints": constraints, "space": space,
         "granularity": granularity, "sensitivity": sensitivity, "bits": bits, "finetune_steps": finetune_steps, "sampler": sampler,
-        "trials": trials, "time": time, "trial_timeout": trial_timeout, "workers": workers, "executor": executor,
+        "trials": trials, "time": time, "verify_time": verify_time, "trial_timeout": trial_timeout, "workers": workers, "executor": executor,
         "address": address, "seed": seed, "storage": storage, "study": study, "out": out,
     }  # fmt: skip
     flags = {name: value for name, value in given.items() if value not in (None, [])}
@@ -143,6 +148,9 @@ def search(
 def front(
     folder: Annotated[Path, typer.Argument(help="Run folder.")],
     format: Annotated[Format, typer.Option(help="How to print it.")] = Format.TABLE,
+    verified: Annotated[
+        bool, typer.Option("--verified", help="Only what holds on the test split, and what changed there.")
+    ] = False,
 ) -> None:
     """Print the Pareto front of a run, with the baselines beside it; after a search for several targets, that of each."""
     from .studies import report
@@ -150,20 +158,22 @@ def front(
     from .studies.study import Study
 
     study = Study.open(folder)
+    if verified:
+        report.check_verified(study)
     if format is Format.TABLE:
         from rich.console import Console
 
         console = Console()
         for target, part in study.parts.items():
-            console.print(report.front_table(part, target))
-        console.print(cross_table(crossings(study)) if study.parts else report.front_table(study))
+            console.print(report.front_table(part, target, verified))
+        console.print(cross_table(crossings(study)) if study.parts else report.front_table(study, verified=verified))
     else:
-        made = {
+        made: dict[Format, Callable[..., str]] = {
             Format.CSV: report.front_as_csv,
             Format.JSON: report.front_as_json,
             Format.MARKDOWN: report.front_as_markdown,
         }
-        typer.echo(made[format](study).rstrip("\n"))
+        typer.echo(made[format](study, verified=verified).rstrip("\n"))
 
 
 @app.command()
