@@ -164,7 +164,10 @@ class BoardBackend:
             notes[:0] = [f"{self.board.device}, fitted to {self.board.model.samples} networks{_stated(errors)}"]
             if not int8:
                 notes.append("8-bit layers are timed as float, and flagged")
-        return Capabilities((32, 16, 8), ("latency",), "all", tuple(notes), emulated=True, fast=(8,) if int8 else ())
+        return Capabilities(
+            (32, 16, 8), ("latency",), "all", tuple(notes), emulated=True, fast=(8,) if int8 else (),
+            method=Method.PREDICTED,
+        )  # fmt: skip
 
     @property
     def _host(self) -> CpuBackend:

@@ -138,6 +138,7 @@ class FpgaBackend:
             emulated=True,
             fast=(8, 7, 6, 5, 4, 3, 2, 1.58, 1),  # type: ignore[arg-type]
             fixed_shapes=True,
+            method=Method.SIMULATED,
         )
 
     @property

@@ -74,12 +74,13 @@ class GpuBackend:
                 fast=(16, "bf16", 8),
                 sparsity=("2:4",),
                 fixed_shapes=True,
+                method=Method.MEASURED,
             )
         if self.runtime == "onnxruntime":
             told = "CUDA provider; rounded layers are computed in floating point"
-            return Capabilities((32, 16), metrics, notes=(told,), fast=(16,))
+            return Capabilities((32, 16), metrics, notes=(told,), fast=(16,), method=Method.MEASURED)
         told = "rounding below 16 bits is imitated in floating point"
-        return Capabilities((32, 16), (*metrics, "memory"), notes=(told,), fast=(16, "bf16"))
+        return Capabilities((32, 16), (*metrics, "memory"), notes=(told,), fast=(16, "bf16"), method=Method.MEASURED)
 
     @property
     def predicts_on(self) -> str:

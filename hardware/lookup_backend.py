@@ -45,7 +45,8 @@ class LookupBackend:
     @property
     def capabilities(self) -> Capabilities:
         if not self.path:
-            return Capabilities((32, 16, 8), ("latency",), notes=("needs a table: lookup:TABLE.parquet",))
+            told = "needs a table: lookup:TABLE.parquet"
+            return Capabilities((32, 16, 8), ("latency",), notes=(told,), method=Method.LOOKED_UP)
         table = _table(self.path)
         host, here = self._host
         able = host.capabilities
@@ -59,7 +60,11 @@ class LookupBackend:
         if not here:
             notes.append(f"{table.target} can't be used here: accuracy is that of ONNX Runtime on this machine")
         return dataclasses.replace(
-            able, metrics=("latency",), notes=(*notes, *able.notes), emulated=able.emulated or not here
+            able,
+            metrics=("latency",),
+            notes=(*notes, *able.notes),
+            emulated=able.emulated or not here,
+            method=Method.LOOKED_UP,
         )
 
     @property

@@ -72,7 +72,9 @@ class QemuBackend:
             "accuracy is that of ONNX Runtime on this machine; arm_parity compares a few images on the emulated core",
             "energy: unknown without a board and a power meter",
         )
-        return Capabilities((32, 16, 8), METRICS, "all", notes, emulated=True, fast=(8,) if dot else ())
+        return Capabilities(
+            (32, 16, 8), METRICS, "all", notes, emulated=True, fast=(8,) if dot else (), method=Method.SIMULATED
+        )
 
     @property
     def _host(self) -> CpuBackend:

@@ -66,6 +66,7 @@ class EdgeTpuBackend:
             emulated=True,
             fast=(8,),
             fixed_shapes=True,
+            method=Method.SIMULATED,
         )
 
     @property

@@ -17,7 +17,7 @@ from torch import nn
 from ..core.errors import CandidateError, InputError
 from ..core.lane import LANE, pause_point
 from ..core.registry import backend
-from ..core.types import Artifact, Capabilities, Measurement, Task
+from ..core.types import Artifact, Capabilities, Measurement, Method, Task
 from ..tasks.data import cache_folder
 from .device import cpu_fingerprint, cpu_name, vector_features
 from .power import declared_watts
@@ -70,6 +70,7 @@ class TvmBackend:
                 tuning,
             ),
             fixed_shapes=True,
+            method=Method.MEASURED,
         )
 
     @property

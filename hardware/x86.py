@@ -86,9 +86,10 @@ class CpuBackend:
             # A rounded output that several operations take is needed for right results: OpenVINO 2026.4 fuses
             # an int8 convolution with the additions behind it as if its values were unsigned.
             halves: tuple[int | str, ...] = (16, "bf16") if has_bf16() else ()
-            return Capabilities((32, 16, 8), metrics, "shared", tuple(notes), fast=(*halves, *eights))
+            fast = (*halves, *eights)
+            return Capabilities((32, 16, 8), metrics, "shared", tuple(notes), fast=fast, method=Method.MEASURED)
         notes.append("16-bit layers are stored as float16 and run in float32")
-        return Capabilities((32, 16, 8), metrics, "all", tuple(notes), fast=eights)
+        return Capabilities((32, 16, 8), metrics, "all", tuple(notes), fast=eights, method=Method.MEASURED)
 
     def missing(self) -> str | None:
         """What is not here and how to get it."""

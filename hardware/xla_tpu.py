@@ -99,6 +99,7 @@ class XlaTpuBackend:
             emulated=True,
             fast=("bf16", 16, 8) if chip.fast_int8 else ("bf16", 16),
             fixed_shapes=True,
+            method=Method.COMPILED,
         )
 
     @property

@@ -1,4 +1,4 @@
-"""Tables about targets: what runs here, and what one model costs on each."""
+"""Tables of what one model costs on each target."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from typing import Any
 
 from rich.table import Table
 
-from ..core.registry import BACKENDS
 from ..core.types import Measurement
 from ..evaluators.units import scale, show
 from ..hardware.compare import Compared
-from ..hardware.targets import find_backend
 from .rows import metrics_as_json
 
 
@@ -75,27 +73,3 @@ def compare_as_json(rows: Sequence[Compared]) -> list[dict[str, Any]]:
         }
         for row in rows
     ]
-
-
-def target_table() -> Table:
-    """Every target: whether it is here, what it measures and computes in."""
-    table = Table(title="Targets", caption="fast: formats that beat float32 there; bits below these are simulated")
-    for name in ("target", "here", "figures", "bits", "fast", "zeros that help"):
-        table.add_column(name, no_wrap=name == "target")
-    for name in BACKENDS:
-        backend = find_backend(name)
-        able = backend.capabilities
-        table.add_row(
-            name,
-            "no" if backend.missing() else "yes",
-            ", ".join(able.metrics) or "none",
-            ", ".join(str(b) for b in able.bits),
-            ", ".join(str(format) for format in able.fast) or "-",
-            ", ".join(able.sparsity) or "-",
-        )
-    return table
-
-
-def missing_lines() -> list[str]:
-    """How to get each target that is not here."""
-    return [line for name in BACKENDS if (line := find_backend(name).missing())]

@@ -32,15 +32,31 @@ def file(digits_task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_target_says_what_it_can_do_whether_or_not_it_is_here(call_cli: Call) -> None:
     code, out, _ = call_cli("hardware", "list")
     assert code == 0
+    assert "…" not in out  # 80 columns cut nothing off
     for name in BACKENDS:
         backend = find_backend(name)
         assert name in out
+        assert str(backend.capabilities.method) in out
         assert backend.name.partition(":")[0] == name
         assert backend.capabilities.bits
         missing = backend.missing()
         if missing is not None:
             assert len(missing.splitlines()) == 1
             assert missing in out
+
+
+def test_the_list_says_how_figures_are_found_and_groups_targets_that_are_alike(call_cli: Call) -> None:
+    lines = [line.split() for line in call_cli("hardware", "list")[1].splitlines()]
+    kinds = {
+        "x86/openvino": "measured",
+        "tpu/edgetpu": "simulated",
+        "tpu/v5e": "compiled",
+        "arm/essential_ph_1": "predicted",
+    }
+    for target, kind in kinds.items():
+        (line,) = (line for line in lines if line[:1] == [target])
+        assert line[2] == kind
+    assert ["arm/pixel3"] in lines  # under another phone, in the same row
 
 
 def test_there_are_all_five_families_and_the_usual_targets() -> None:

@@ -23,14 +23,14 @@ _JSON = typer.Option("--json", help="Print JSON, in SI units, instead of a table
 
 @app.command("list")
 def list_targets() -> None:
-    """Print every target: whether it is here, what it computes in, and how to get what is missing."""
+    """Print every target: whether it is here, how its figures are found, and how to get what is missing."""
     from rich.console import Console
 
-    from .studies.hardware_report import missing_lines, target_table
+    from .hardware.doctor import missing_lines, target_table
 
     console = Console(highlight=False)
     console.print(target_table())
-    for line in dict.fromkeys(missing_lines()):
+    for line in missing_lines():
         console.print(line, soft_wrap=True, markup=False)
 
 

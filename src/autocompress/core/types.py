@@ -229,6 +229,7 @@ class Capabilities:
         sparsity: patterns of zero weights that save time there, such as "2:4" or "unstructured"; () where zeros are
             multiplied like other values and only removed channels help.
         fixed_shapes: whether a file runs for the input shape that it was compiled for alone.
+        method: how its latency is found, or what it gives in place of one; None where that is not said.
     """
 
     bits: tuple[int, ...]
@@ -239,6 +240,7 @@ class Capabilities:
     fast: tuple[int | str, ...] = ()
     sparsity: tuple[str, ...] = ()
     fixed_shapes: bool = False
+    method: Method | None = None
 
 
 class Backend(Protocol):
