@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +140,23 @@ class Teachers:
     def hints(self) -> Tensor | float:
         """The hint's loss, weighted."""
         return self.beta * self.hint.loss() if self.hint is not None else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes while a student learns: the hint's adapters, and the student's average."""
+        average = self.average
+        return {
+            "parameters": [parameter.detach().clone() for parameter in self.parameters()],
+            "average": {"step": average.step, "model": average.model.state_dict()} if average is not None else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take it back."""
+        with torch.no_grad():
+            for parameter, kept in zip(self.parameters(), state["parameters"], strict=True):
+                parameter.copy_(kept)
+        if self.average is not None:
+            self.average.step = state["average"]["step"]
+            self.average.model.load_state_dict(state["average"]["model"])
 
 
 def _logits(output: Any) -> Tensor:

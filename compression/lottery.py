@@ -99,14 +99,30 @@ class LotteryTicket(TrainingStep):
     def _first_run(self, model: nn.Module, task: Task, skipped: int) -> tuple[nn.Module, dict[str, Tensor]]:
         """Train in full; the trained model, and its state after `skipped` steps."""
         apply_masks(model)
-        points = [snapshot(model)] if skipped == 0 else []
-
-        def keep(number: int, optimizer: torch.optim.Optimizer) -> None:
-            if number + 1 == skipped:
-                points.append(snapshot(model))
-
+        keep = _Point(model, skipped)
         trained = self.train(model, task, after_step=keep)
-        return trained, points[0] if points else snapshot(trained)
+        return trained, keep.point or snapshot(trained)
+
+
+class _Point:
+    """Keeps what the model is after `steps` steps; an `after_step` of `training.fit`."""
+
+    def __init__(self, model: nn.Module, steps: int) -> None:
+        self.model, self.steps = model, steps
+        self.point = snapshot(model) if steps == 0 else {}
+
+    def __call__(self, number: int, optimizer: torch.optim.Optimizer) -> None:
+        """Keep it, when it is time."""
+        if number + 1 == self.steps:
+            self.point = snapshot(self.model)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The point; empty before it."""
+        return self.point
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take it back."""
+        self.point = dict(state)
 
 
 def share_after(number: int, rounds: int, sparsity: float) -> float:

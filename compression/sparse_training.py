@@ -81,6 +81,10 @@ class GradualPrune(TrainingStep):
         prune_by_magnitude(model, shares, pattern, scope_of(self))
         return model
 
+    def settle(self, model: nn.Module, task: Task) -> nn.Module:
+        """The model of a training that stopped on the way, as sparse as it would have been in the end."""
+        return self.prepare(model, task)
+
     def __call__(self, model: nn.Module, task: Task) -> nn.Module:
         """Return the trained, sparse model; raises CandidateError when no layer can be, or the loss is not finite."""
         total = self.schedule(task).steps
@@ -148,6 +152,14 @@ class GradualMasks:
                 self._let_move(shares, optimizer)
             else:
                 self._close(shares)
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """The movement so far; masks are the model's own."""
+        return {"scores": self.scores, "dense": self.dense}
+
+    def load_state_dict(self, state: Mapping[str, dict[str, Tensor]]) -> None:
+        """Go on from there."""
+        self.scores, self.dense = dict(state["scores"]), dict(state["dense"])
 
     def _close(self, shares: Mapping[str, float]) -> None:
         for module in self.modules.values():  # the optimizer has just moved masked weights off zero
@@ -310,6 +322,14 @@ class MovingMasks:
             forget(optimizer, weight, grown)
             weight.masked_fill_(grown, 0.0)
             set_mask(module, after)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Of the generator; masks are the model's own."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from there."""
+        self.generator.set_state(state["generator"])
 
 
 def exchange(weight: Tensor, mask: Tensor, growth: Tensor, count: int) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from ..core.lane import pause_point
 from ..core.types import Data, Split
 from ..tasks.data import normalise
 from .masks import apply_masks, copy_masks
+from .stretches import Run, state_of
 
 
 @dataclass(frozen=True)
@@ -80,26 +82,45 @@ def bf16_is_native() -> bool:
     )
 
 
-def batches(data: Data, split: Split, size: int, seed: int, device: str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield endless shuffled, augmented batches: float32 (size, C, H, W), or int64 tokens (size, L), and int64 (size,).
+def batches(data: Data, split: Split, size: int, seed: int, device: str = "cpu") -> Batches:
+    """Endless shuffled, augmented batches: float32 (size, C, H, W), or int64 tokens (size, L), and int64 (size,).
 
     One random shift and one coin for mirroring per image; each epoch sees every image once.
     """
-    rng = np.random.default_rng(seed)
-    mean = torch.tensor(data.mean, device=device).view(-1, 1, 1)
-    std = torch.tensor(data.std, device=device).view(-1, 1, 1)
-    size = min(size, len(split))
-    while True:
-        order = rng.permutation(len(split))
-        for start in range(0, len(split) - size + 1, size):
-            chosen = order[start : start + size]
-            labels = torch.from_numpy(split.labels[chosen]).to(device)
-            if data.vocabulary:
-                yield torch.from_numpy(np.asarray(split.inputs[chosen], np.int64)).to(device), labels
-                continue
-            images = augment(split.inputs[chosen], data.shift, data.flip, rng)
-            x = torch.from_numpy(images).to(device).float().div_(255).sub_(mean).div_(std)
-            yield x.contiguous(memory_format=torch.channels_last), labels
+    return Batches(data, split, min(size, len(split)), seed, device)
+
+
+class Batches(Iterator[tuple[Tensor, Tensor]]):
+    """See `batches`; can tell where it is and go there."""
+
+    def __init__(self, data: Data, split: Split, size: int, seed: int, device: str) -> None:
+        self._data, self._split, self._size, self._device = data, split, size, device
+        self._rng = np.random.default_rng(seed)
+        self._mean = torch.tensor(data.mean, device=device).view(-1, 1, 1)
+        self._std = torch.tensor(data.std, device=device).view(-1, 1, 1)
+        self._order, self._next = np.empty(0, np.int64), 0
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        if self._next + self._size > len(self._order):
+            self._order, self._next = self._rng.permutation(len(self._split)), 0
+        chosen = self._order[self._next : self._next + self._size]
+        self._next += self._size
+        labels = torch.from_numpy(self._split.labels[chosen]).to(self._device)
+        if self._data.vocabulary:
+            return torch.from_numpy(np.asarray(self._split.inputs[chosen], np.int64)).to(self._device), labels
+        images = augment(self._split.inputs[chosen], self._data.shift, self._data.flip, self._rng)
+        x = torch.from_numpy(images).to(self._device).float().div_(255).sub_(self._mean).div_(self._std)
+        return x.contiguous(memory_format=torch.channels_last), labels
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where in which order it is; the generator's state as JSON, as its numbers have 128 bits."""
+        generator = json.dumps(self._rng.bit_generator.state)
+        return {"order": torch.from_numpy(self._order.copy()), "next": self._next, "generator": generator}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self._order, self._next = state["order"].numpy(), state["next"]
+        self._rng.bit_generator.state = json.loads(state["generator"])
 
 
 def augment(images: np.ndarray, shift: int, flip: bool, rng: np.random.Generator) -> np.ndarray:
@@ -131,12 +152,14 @@ def fit(
     """Train `model` on the train split and return it in eval mode on the CPU.
 
     Masked weights (`masks`) stay zero. A model that returns a list of logits while it trains (early exits) learns
-    from all of them alike; what its modules offer as `training_penalty` is added to the loss.
+    from all of them alike; what its modules offer as `training_penalty` is added to the loss. Inside
+    `stretches.partly` only a part of the steps is done, with the rates of the whole schedule.
 
     Args:
         on_step: called after each step with its number and its loss.
         after_step: called after each step with its number and the optimizer, gradients still in place, before masks
-            are applied: for what changes masks on the way.
+            are applied: for what changes masks on the way. One that remembers something between steps needs
+            `state_dict` and `load_state_dict`, or its runs begin anew in each stretch.
 
     Raises:
         CandidateError: the loss is not finite.
@@ -154,7 +177,13 @@ def fit(
     low_precision = device != "cpu" or bf16_is_native()
     plateau = Plateau(schedule, data) if schedule.patience else None
     source = batches(data, data.train, schedule.batch_size, seed, device)
-    for step in range(schedule.steps):
+    parts = state_of({
+        "model": model, "optimizer": optimizer, "average": average, "plateau": plateau, "batches": source,
+        "teaching": teaching, "after_step": after_step,
+    })  # fmt: skip
+    run = Run(model, schedule.steps, (schedule, seed), parts)
+    done = run.first
+    for step in range(run.first, run.last):
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step) * group["share"]
         pause_point()
@@ -176,13 +205,17 @@ def fit(
         if average is not None:
             average.update_parameters(model)
             copy_masks(model, average.module)  # masks that change are not to be averaged
+        run.count()
+        done = step + 1
         if on_step:
             on_step(step, value)
         if plateau is not None and plateau.reached(step, average.module if average is not None else model):
+            run.end()
             break
+    run.close(done)
     if average is not None:
         model.load_state_dict(average.module.state_dict())
-    if plateau is not None:
+    if plateau is not None and plateau.best:  # there is none yet where training stops before the first check
         model.load_state_dict(plateau.best)
     apply_masks(model)
     return model.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
@@ -211,6 +244,14 @@ class Plateau:
         if not self.best:
             raise CandidateError(f"training diverged: the search split's loss is {loss} at step {step}")
         return self.worse >= self.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was seen so far."""
+        return {"lowest": self.lowest, "worse": self.worse, "best": self.best}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.lowest, self.worse, self.best = state["lowest"], state["worse"], dict(state["best"])
 
 
 def search_loss(model: nn.Module, data: Data, split: Split, batch_size: int = 500) -> float:
