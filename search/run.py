@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import optuna
 import torch
+from optuna.samplers import BaseSampler
 
 from ..compression.analysis import sensitivity
 from ..compression.graph import find_layers
@@ -39,7 +41,7 @@ from .config import SearchConfig, make_config, save_config
 from .engine import Engine, Progress
 from .executors import Executor, InlineExecutor, RayExecutor
 from .folder import Cleaner, only_driver
-from .samplers import make_sampler
+from .samplers import ONE_NUMBER, make_sampler
 from .several import Part, joint_evaluator, joint_study, make_parts, shared_capabilities
 
 
@@ -147,13 +149,15 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
     for constraint in constraints:
         if OBJECTIVES.get(constraint.name).function is not None and constraint.name not in config.objectives:
             raise InputError(f"constraint '{constraint.text}': name {constraint.name} among the objectives as well")
-    make_sampler(config.sampler, seed=0, trials=config.trials, constrained=bool(constraints))  # checks the name
+    sampler = make_sampler(config.sampler, seed=0, trials=config.trials, constrained=bool(constraints))
+    if config.sampler in ONE_NUMBER and len(config.objectives) > 1:
+        raise InputError(f"sampler {config.sampler} learns from one number: name one objective")
     capabilities = shared_capabilities(backends)
     if task is None:
         from ..tasks.models import load_task
 
         task = load_task(config.model, config.data, config.weights, config.image_size, config.seed)
-    space = _check_space(space or make_space(config, task, capabilities))
+    space = _check_space(space or make_space(config, task, capabilities), sampler)
     make_folder(folder)
     with only_driver(folder):
         finetune = task_finetune(
@@ -260,12 +264,10 @@ def make_space(config: SearchConfig, task: Task, capabilities: Capabilities) -> 
     )
 
 
-def _check_space(space: Space) -> Space:
-    """Call the space once with random choices, so that a mistake shows before compute is spent."""
-    import optuna
-
+def _check_space(space: Space, sampler: BaseSampler) -> Space:
+    """Call the space once with the sampler's first choices, so that a mistake shows before compute is spent."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
+    trial = optuna.create_study(sampler=sampler).ask()
     try:
         plan = space(trial)
     except AutocompressError:

@@ -1,4 +1,4 @@
-"""Stock samplers by name."""
+"""Samplers by name: Optuna's, and our own."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
 from ..core.errors import unknown
-
-VIOLATIONS = "violations"
+from .evolution import evolution_sampler, local_sampler
+from .grid import ExhaustiveSampler
+from .policy import PolicySampler
+from .population import VIOLATIONS as VIOLATIONS
 
 
 def _constraints(trial: FrozenTrial) -> Sequence[float]:
@@ -60,13 +62,35 @@ def _random(seed: int, trials: int, constrained: bool) -> BaseSampler:
     return optuna.samplers.RandomSampler(seed=seed)
 
 
+# These find the violations by themselves.
+def _evolution(seed: int, trials: int, constrained: bool) -> BaseSampler:
+    return evolution_sampler(seed, trials)
+
+
+def _local(seed: int, trials: int, constrained: bool) -> BaseSampler:
+    return local_sampler(seed, trials)
+
+
+def _rl(seed: int, trials: int, constrained: bool) -> BaseSampler:
+    return PolicySampler(seed)
+
+
+def _grid(seed: int, trials: int, constrained: bool) -> BaseSampler:
+    return ExhaustiveSampler(seed)
+
+
 SAMPLERS: dict[str, Callable[[int, int, bool], BaseSampler]] = {
     "tpe": _tpe,
     "nsga2": _nsga2,
     "nsga3": _nsga3,
     "gp": _gp,
     "random": _random,
+    "evolution": _evolution,
+    "local": _local,
+    "rl": _rl,
+    "grid": _grid,
 }
+ONE_NUMBER = ("rl",)  # samplers that can't do with several objectives
 
 
 def make_sampler(name: str, *, seed: int, trials: int, constrained: bool) -> BaseSampler:
