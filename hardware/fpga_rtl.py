@@ -144,7 +144,8 @@ def _with_memories(number: int, node: Node, tables: Tables, folder: Path) -> dic
     return found
 
 
-# Offers the words of inputs.hex without a pause; prints the cycle and the word for each that leaves.
+# Offers the words of inputs.hex without a pause; prints the cycle and the word for each that leaves. With CHECK, it
+# compares them with expected.hex.
 BENCH = """\
 module bench;
   reg clk = 0, rst = 1;
@@ -158,6 +159,11 @@ module bench;
       .out_valid(out_valid), .out_ready(1'b1), .out_data(out_data)
   );
   always #1 clk = ~clk;
+`ifdef CHECK
+  reg [OUT_BITS-1:0] wanted[0:`RESULTS-1];
+  integer wrong = 0;
+  initial $readmemh("expected.hex", wanted);
+`endif
   initial begin
     $readmemh("inputs.hex", words);
     repeat (4) @(posedge clk);
@@ -171,6 +177,10 @@ module bench;
       end
       if (out_valid) begin
         $display("%0d %h", cycle, out_data);
+`ifdef CHECK
+        if (out_data !== wanted[`RESULTS-left]) wrong = wrong + 1;
+        if (left == 1) $display("of %0d words of the results, %0d are wrong", `RESULTS, wrong);
+`endif
         left = left - 1;
         if (left == 0) $finish;
       end

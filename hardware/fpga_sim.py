@@ -27,6 +27,17 @@ def pack(values: np.ndarray, bits: int) -> list[int]:
     return [sum(int(element) << (place * bits) for place, element in enumerate(row)) for row in masked]
 
 
+def write_words(path: Path, values: np.ndarray, lanes: tuple[int, int]) -> None:
+    """Write integers as the words of a stream, for `$readmemh`.
+
+    Args:
+        lanes: elements of a word, and bits of one.
+    """
+    count, bits = lanes
+    digits = -(-count * bits // 4)
+    path.write_text("".join(f"{word:0{digits}x}\n" for word in pack(values.reshape(-1, count), bits)))
+
+
 def unpack(words: list[int], count: int, bits: int, signed: bool) -> np.ndarray:
     """The elements of each word: int64, (words, count)."""
     mask, top = (1 << bits) - 1, 1 << (bits - 1)
@@ -71,10 +82,7 @@ def simulate(
     last = next(node for node in pipeline.nodes if pipeline.sink in node.outputs)
     count, bits = lanes_in(first.stage)[first.inputs.index(pipeline.source)]
     elements, out_bits = lanes_out(last.stage)[last.outputs.index(pipeline.sink)]
-    digits = -(-count * bits // 4)
-    (folder / "inputs.hex").write_text(
-        "".join(f"{word:0{digits}x}\n" for word in pack(inputs.reshape(-1, count), bits))
-    )
+    write_words(folder / "inputs.hex", inputs, (count, bits))
     words = inputs.size // count
     results = words // counts[pipeline.source] * counts[pipeline.sink]
     settings = {"WORDS": words, "RESULTS": results, "LIMIT": limit}

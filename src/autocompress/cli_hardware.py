@@ -232,6 +232,22 @@ def predict(
 
 
 @app.command()
+def emit(
+    file: Annotated[Path, typer.Argument(help="ONNX file whose layers are all rounded to 8 bits or fewer.")],
+    out: Annotated[Path, typer.Option(help="New folder for the circuit.")],
+    target: Annotated[str, typer.Option(help="FPGA that the network is folded for.")] = "fpga/ecp5-85",
+    place_and_route: Annotated[
+        bool, typer.Option("--place-and-route", help="Run Yosys and nextpnr: minutes, for the ECP5 alone.")
+    ] = False,
+    as_json: Annotated[bool, _JSON] = False,
+) -> None:
+    """Write a network's circuit for an FPGA: SystemVerilog, memory files, a test bench and a report."""
+    from .hardware.fpga_report import emit_file
+
+    _show(emit_file(file, target, out, place_and_route), f"{file} as a circuit in {out}", as_json)
+
+
+@app.command()
 def agent(
     file: Annotated[Path, typer.Argument(help="Where to write the program, such as board.pyz.")],
 ) -> None:
