@@ -89,9 +89,9 @@ class Console:
             self._console.print(f"measuring {total} front points and baselines again on the test split")
 
     def settling(self, doubtful: int, left: float) -> None:
-        """Say that points which noise leaves in doubt are measured again."""
+        """Say that the points are measured again on whose noise the front depends."""
         points = f"{doubtful} point{'s' if doubtful > 1 else ''}"
-        text = f"{points} may or may not be on the front: measuring again, {_duration(left)} left at most"
+        text = f"the front depends on the noise of {points}: measuring again, {_duration(left)} left at most"
         if self._live is not None:
             self._live.update(Text(text))
         elif not self._settling:
@@ -125,6 +125,7 @@ class Console:
         self._console.print(
             f"{progress.trials} trials in {_duration(time.monotonic() - self._start)}: {progress.failures} failed, "
             f"{progress.infeasible} outside a constraint, {progress.repeats} repeats answered from the study"
+            f"{f', {progress.stopped} stopped before their full training' if progress.stopped else ''}"
             f"{end.get(progress.ended, '')}"
         )
         drift = self._drift(study)
@@ -147,11 +148,12 @@ class Console:
         if self._live is not None:
             return
         what = describe_plan(evaluation.candidate.plan)
-        if evaluation.state is State.COMPLETE:
+        if evaluation.state in (State.COMPLETE, State.STOPPED):
             found = ", ".join(
                 f"{o.name} {show(o.name, evaluation.measurements[o.name].value, o.unit)}"
                 for o in self._study.objectives
             )
+            found += f" ({evaluation.reason})" if evaluation.reason else ""
         else:
             found = f"{evaluation.state}: {evaluation.reason}"
         cost = f"[{evaluation.seconds:.1f} s; {self._left(progress)}]"
@@ -164,6 +166,7 @@ class Console:
         parts = [
             f"{progress.trials}/{self._config.trials} trials",
             f"{progress.running} running",
+            *([f"{progress.stopped} stopped early"] if progress.stopped else []),
             f"{progress.failures} failed",
             f"hypervolume {volume:.3f}",
             *self._best(),

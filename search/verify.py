@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def measure_front(evaluator: Evaluator, study: Study, watcher: Watcher, seconds: float) -> None:
     """Measure the front and the baselines again, on the test split, with nothing else running.
 
-    Points that are on the front or not depending on where in their intervals the device's figures lie are measured in
-    turns, always beside the untouched model, until none is in doubt or time is up.
+    Points that decide over the front by where in their intervals the device's figures lie are measured in turns, always
+    beside the untouched model, until none is left or time is up.
 
     Args:
         seconds: for these further measurements.

@@ -170,7 +170,7 @@ class Results:
         return True, ", ".join(changes)
 
     def doubtful(self) -> list[int]:
-        """Trials that are on the front or not depending on where in their intervals the device's figures lie."""
+        """Trials that decide over the front by where in their intervals the device's figures lie."""
         trials: set[int] = set()
         for records, rows in (self.found(), self.tested()):
             # Another measurement tells no more about what is computed, nor about the same images.

@@ -125,9 +125,10 @@ def _circles(beats: np.ndarray, left: np.ndarray) -> np.ndarray:
 
 
 def doubtful(rows: Sequence[Row], directions: Sequence[str], movable: Sequence[Sequence[bool]]) -> list[int]:
-    """Positions of the points that are kept or not depending on where in their intervals their figures lie.
+    """Positions of the points that decide, by where in their intervals their figures lie, over which ones are kept.
 
-    Each point in turn is put to the good ends of its intervals and to the bad ends, all others staying where they are.
+    Each point in turn is put to the good ends of its intervals and to the bad ends, all others staying where they are;
+    it is in doubt if different points are kept then.
 
     Args:
         movable: for each point and objective, whether the figure is in question; others stay.
@@ -137,7 +138,7 @@ def doubtful(rows: Sequence[Row], directions: Sequence[str], movable: Sequence[S
     found = []
     for position, (row, moves) in enumerate(zip(rows, movable, strict=True)):
         ends = [_moved(row, directions, moves, good) for good in (False, True)] if any(moves) else []
-        kept = set()
+        fronts = set()
         for moved in ends:
             changed = better.copy()
             for other, stays in enumerate(rows):
@@ -146,8 +147,8 @@ def doubtful(rows: Sequence[Row], directions: Sequence[str], movable: Sequence[S
                     changed[other, position] = _better(stays, moved, directions)
             now = [*keys[:position], _preference(moved, directions), *keys[position + 1 :]]
             order = sorted(range(len(rows)), key=lambda place: (now[place], place))
-            kept.add(_thin(order, changed)[position].by == position)
-        if len(kept) > 1:
+            fronts.add(frozenset(standing.by for standing in _thin(order, changed)))
+        if len(fronts) > 1:
             found.append(position)
     return found
 

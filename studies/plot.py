@@ -56,6 +56,7 @@ def write_plot(study: Study, records: Sequence[Record], points: Sequence[Point],
             )
             marked.text = [p.baseline for p in rest]
             marked.textposition = "bottom right"
+            marked.cliponaxis = False
             figure.add_trace(marked)
     crossed = any(point.on_front and point.verified is False for point in points)
     counts = {state: sum(r.state is state for r in records) for state in State}

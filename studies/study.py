@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from optuna.trial import FrozenTrial, TrialState
 
 from ..core.codec import (
     decode_artifact,
@@ -27,10 +30,11 @@ from ..evaluators.objectives import (
     joint_names,
     parse_constraint,
 )
+from ..evaluators.scalar import Scalar, parse_scalar
 from .front import Results
 from .noise import merge
 from .pareto import hypervolume
-from .point import Point
+from .point import Point, scores
 from .rows import trial_row
 from .storage import Database, sqlite_url
 
@@ -38,8 +42,8 @@ if TYPE_CHECKING:
     import pandas
     from optuna.distributions import BaseDistribution
     from optuna.storages import BaseStorage
-    from optuna.trial import FrozenTrial
 
+FIDELITY = "fidelity"  # user attribute of trials that were trained a part of the way
 SESSIONS = 10  # measurements of one trial after the search that are kept, the newest
 
 
@@ -52,6 +56,8 @@ class Record:
         summary: the plan in a few words.
         baseline: "untouched", "uniform int8", ...; "" for what the search proposed.
         notes: what operators left undone, and why.
+        fidelity: share of its training steps that were done: less than 1 for what stopped on a lower rung.
+        steps: optimizer steps that it was trained for; None where an older version did not count them.
     """
 
     trial: int
@@ -67,6 +73,8 @@ class Record:
     seconds: float
     baseline: str
     notes: tuple[str, ...] = ()
+    fidelity: float = 1.0
+    steps: int | None = None
 
 
 class Study:
@@ -77,6 +85,7 @@ class Study:
         objectives: what was optimised, in order.
         parts: in a search for several targets, the study of each, by target.
         constraints: the limits of the search.
+        scalar: the one number that the search optimised; None where it was after the whole front.
     """
 
     def __init__(
@@ -86,10 +95,11 @@ class Study:
         database: Database,
         parts: Mapping[str, Study] | None = None,
         constraints: Sequence[Constraint] = (),
+        scalar: Scalar | None = None,
     ) -> None:
         self.folder, self.objectives, self._database = folder, tuple(objectives), database
-        self.parts, self.constraints = parts or {}, tuple(constraints)
-        self._keys: set[str] | None = None
+        self.parts, self.constraints, self.scalar = parts or {}, tuple(constraints), scalar
+        self._keys: set[tuple[str, float]] | None = None
 
     @classmethod
     def open(cls, folder: str | Path) -> Study:
@@ -107,10 +117,12 @@ class Study:
             targets = config["target"] if isinstance(config["target"], list) else [config["target"]]
             names = joint_names(config["objectives"], targets)
             limits = [parse_constraint(text) for text in config.get("constraints", [])]
+            formula = config.get("scalarize", "")
+            scalar = parse_scalar(formula, config["objectives"]) if formula else None
         except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
             raise InputError(f"{path / 'config.yaml'} is broken: {' '.join(str(error).split())[:200]}") from error
         parts = {target: cls.open(path / part_folder(target)) for target in targets} if len(targets) > 1 else {}
-        return cls(path, [find_objective(name) for name in names], Database(url, study=study), parts, limits)
+        return cls(path, [find_objective(name) for name in names], Database(url, study=study), parts, limits, scalar)
 
     @property
     def storage(self) -> BaseStorage:
@@ -123,11 +135,11 @@ class Study:
         return [objective.direction for objective in self.objectives]
 
     def records(self) -> list[Record]:
-        """Every trial, by number."""
-        return [read_record(trial, self.folder) for trial in self._database.trials()]
+        """Every trial, by number; of a candidate that went up rungs the last one, with the costs of all."""
+        return _last_ones([read_record(trial, self.folder) for trial in self._database.trials()])
 
     def stored(self) -> list[FrozenTrial]:
-        """Every trial as Optuna stores it, by number."""
+        """Every trial as Optuna stores it, by number; a candidate has one for each rung that it was evaluated at."""
         return self._database.trials()
 
     def write(self, evaluation: Evaluation, distributions: Mapping[str, BaseDistribution] | None = None) -> None:
@@ -137,14 +149,17 @@ class Study:
         evaluates the candidate again, and finds it there already.
         """
         for target, part in evaluation.parts.items():
-            if not self.parts[target].holds(part.candidate.key):
+            if not self.parts[target].holds(part.candidate):
                 self.parts[target].write(dataclasses.replace(part, baseline=evaluation.baseline), distributions)
         if self._keys is not None:
-            self._keys.add(evaluation.candidate.key)
-        values = self.known_values(evaluation)
+            self._keys.add((evaluation.candidate.key, evaluation.candidate.fidelity))
+        stopped = evaluation.state is State.STOPPED
+        values = None if stopped else self.known_values(evaluation)
+        state = TrialState.FAIL if values is None else TrialState.COMPLETE
         violations = [violation for violation in evaluation.violations if violation is not None]
         self._database.add(
-            complete=values is not None,
+            # Optuna's own fronts, those of its dashboard included, leave pruned trials out.
+            state=TrialState.PRUNED if stopped else state,
             values=values,
             params=evaluation.candidate.params,
             distributions=distributions or {},
@@ -153,16 +168,19 @@ class Study:
                 "state": str(evaluation.state),
                 "reason": evaluation.reason,
                 "evaluation": encode_evaluation(evaluation, self.folder),
+                "training_steps": evaluation.steps,
+                **({FIDELITY: evaluation.candidate.fidelity} if evaluation.candidate.fidelity < 1 else {}),
             },
             system_attrs={"constraints": violations} if values is not None and violations else {},
             seconds=evaluation.seconds,
         )
 
-    def holds(self, key: str) -> bool:
+    def holds(self, candidate: Candidate) -> bool:
         """Whether a candidate's result is recorded; results that others write meanwhile do not count."""
         if self._keys is None:
-            self._keys = {trial.user_attrs["evaluation"]["key"] for trial in self.stored()}
-        return key in self._keys
+            stored = [trial.user_attrs["evaluation"] for trial in self.stored()]
+            self._keys = {(entry["key"], entry.get("fidelity", 1.0)) for entry in stored}
+        return (candidate.key, candidate.fidelity) in self._keys
 
     def write_broken(
         self, params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution], reason: str
@@ -171,7 +189,7 @@ class Study:
         nothing = encode_evaluation(Evaluation(Candidate(()), State.FAILED, reason=reason), self.folder)
         nothing["key"] = digest({"params": dict(params), "reason": reason})
         self._database.add(
-            complete=False,
+            state=TrialState.FAIL,
             values=None,
             params=params,
             distributions=distributions,
@@ -251,7 +269,7 @@ class Study:
         return {record.trial for record in Results(records, {}, self.objectives).contenders()}
 
     def doubtful(self) -> list[int]:
-        """Trials whose place on the front depends on where in their intervals the device's figures lie."""
+        """Trials that decide over the front by where in their intervals the device's figures lie."""
         return self._results().doubtful()
 
     def measured_again(self) -> dict[int, Mapping[str, Measurement]]:
@@ -298,7 +316,7 @@ class Study:
         return [metrics[objective.name].value for objective in self.objectives]
 
     def best(self, **limits: str) -> Point:
-        """The front point with the best first objective among those within `limits`.
+        """The front point with the best first objective among those within `limits`; if scalarised, the best score.
 
         Args:
             limits: by metric, e.g. `latency="<=5ms"`, `size="<=30%"` (of the untouched model).
@@ -307,6 +325,8 @@ class Study:
             InputError: no front point is within the limits.
         """
         points = sorted(self.front(), key=lambda point: not point.on_front)
+        numbers = scores(self.scalar, points)
+        points.sort(key=lambda point: -numbers.get(point.trial, -math.inf))
         untouched = next((p for p in points if p.baseline == "untouched"), None)
         constraints = [parse_constraint(f"{name}{limit}") for name, limit in limits.items()]
         for constraint in constraints:
@@ -334,6 +354,22 @@ def part_folder(target: str) -> str:
     return re.sub(r"[^\w.=-]+", "-", target)
 
 
+def _last_ones(records: Sequence[Record]) -> list[Record]:
+    """The records without those of candidates that went on later; these have the costs of all their rungs."""
+    went_on: dict[str, Record] = {}
+    found: dict[int, Record] = {}
+    for record in records:
+        before = went_on.pop(record.key, None)
+        if before is not None:
+            del found[before.trial]
+            steps = None if record.steps is None or before.steps is None else record.steps + before.steps
+            record = dataclasses.replace(record, seconds=record.seconds + before.seconds, steps=steps)
+        found[record.trial] = record
+        if record.state is State.STOPPED:
+            went_on[record.key] = record
+    return list(found.values())
+
+
 def read_record(trial: FrozenTrial, folder: Path) -> Record:
     """The record behind one stored trial."""
     stored = trial.user_attrs["evaluation"]
@@ -351,4 +387,6 @@ def read_record(trial: FrozenTrial, folder: Path) -> Record:
         seconds=stored["seconds"],
         baseline=stored["baseline"],
         notes=tuple(stored.get("notes", ())),
+        fidelity=stored.get("fidelity", 1.0),
+        steps=stored.get("steps"),
     )
