@@ -64,7 +64,7 @@ for _entry in (
 
 DEVICE_FIGURES = ("latency", "throughput", "memory", "energy", "power", "instructions", "luts", "dsps", "brams")
 
-_SCALES = {
+SCALES = {
     "s": {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6},
     "B": {"": 1.0, "B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
     "1/s": {"": 1.0, "/s": 1.0},
@@ -182,7 +182,7 @@ def parse_constraint(text: str) -> Constraint:
     elif unit == "pt":
         kind, value = "points", value / 100
     else:
-        scales = _SCALES.get(objective.unit, {"": 1.0})
+        scales = SCALES.get(objective.unit, {"": 1.0})
         if unit not in scales:
             raise unknown(f"unit in constraint '{text}':", unit, [key for key in scales if key] + ["%", "pt"])
         kind, value = "absolute", value * scales[unit]

@@ -44,6 +44,8 @@ class SearchConfig(BaseModel):
         weights: safetensors file or state dict; none takes those shipped for a built-in model.
         image_size: pixels, for image folders; 0 for the model's own size.
         constraints: such as "latency<=50%", "accuracy>=-1pt", "size<=200kB".
+        scalarize: one number to maximise instead of the whole front, made of the objectives, such as
+            "accuracy - 0.3 latency" or "accuracy * (latency/5ms)^-0.07" (see `evaluators.scalar.parse_scalar`).
         space: a stock space by name (see `spaces.stock.STOCK`) or "module.path:callable" (a function of the trial).
         target: such as "x86/openvino"; several make one search with a front for each.
         bits: formats on offer in stock spaces (8, 4, 1.58, "bf16", "fp8", ...); [] for the widths that the target runs.
@@ -70,6 +72,7 @@ class SearchConfig(BaseModel):
     threads: int = Field(0, ge=0)
     objectives: list[str] = ["accuracy", "latency", "size"]
     constraints: list[str] = []
+    scalarize: str = ""
     space: str = "auto"
     granularity: Literal["stage", "layer"] = "stage"
     sensitivity: bool = False

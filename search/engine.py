@@ -18,9 +18,9 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from ..core.codec import check_plan, plan_key
+from ..core.codec import check_plan, decode_measurements, plan_key
 from ..core.errors import InputError
-from ..core.types import Candidate, Evaluation, Plan, Space, State
+from ..core.types import Candidate, Evaluation, Measurement, Plan, Space, State
 from ..studies.study import Study
 from .executors import Executor
 from .samplers import VIOLATIONS
@@ -57,6 +57,7 @@ class Engine:
         space: a function of the trial that returns a plan; a `starts` attribute (list of parameters) is
             proposed first.
         baselines: plans to mark as baselines, by name.
+        score: one number to maximise instead of the study's objectives; None where a figure is unknown.
         trials: recorded trials to end with, those of earlier runs included.
         seconds: wall-clock budget of this run; None for no limit.
         on_change: called after every recorded trial, and about twice a second.
@@ -69,12 +70,13 @@ class Engine:
     trials: int
     seconds: float | None = None
     baselines: Mapping[str, Plan] = field(default_factory=dict)
+    score: Callable[[Mapping[str, Measurement]], float | None] | None = None
     on_change: Callable[[Progress, Evaluation | None], None] = lambda progress, evaluation: None
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        directions: list[Any] = self.study.directions
+        directions: list[Any] = self.study.directions if self.score is None else ["maximize"]
         self._memory = optuna.create_study(sampler=self.sampler, directions=directions)
         self._known: dict[str, _Known] = {}
         self._pending: dict[str, list[Trial | None]] = {}
@@ -115,7 +117,8 @@ class Engine:
         evaluation = dataclasses.replace(evaluation, baseline=self._names.get(evaluation.candidate.key, ""))
         self.study.write(evaluation, params)
         violations = [v for v in evaluation.violations if v is not None]
-        self._known[evaluation.candidate.key] = _Known(self.study.known_values(evaluation), violations)
+        values = self._scored(self.study.known_values(evaluation), evaluation.measurements)
+        self._known[evaluation.candidate.key] = _Known(values, violations)
         self._count(evaluation.state)
         return evaluation
 
@@ -191,19 +194,27 @@ class Engine:
         if stored is None:
             raise InputError("the study holds trials that autocompress did not write; use another study name or folder")
         violations = [v for v in stored["violations"] if v is not None]
-        self._known[stored["key"]] = _Known(trial.values, violations)
+        values = self._scored(trial.values, decode_measurements(stored["metrics"]))
+        self._known[stored["key"]] = _Known(values, violations)
         self._count(State(stored["state"]))
-        if trial.params and trial.state is TrialState.COMPLETE:
+        if trial.params and values is not None:
             self._memory.add_trial(
                 optuna.trial.create_trial(
                     state=trial.state,
-                    values=trial.values,
+                    values=values,
                     params=trial.params,
                     distributions=trial.distributions,
                     user_attrs={VIOLATIONS: violations},
                     system_attrs={"constraints": violations} if violations else {},
                 )
             )
+
+    def _scored(self, values: list[float] | None, metrics: Mapping[str, Measurement]) -> list[float] | None:
+        """What the sampler is told of a trial's values; None for a failure."""
+        if self.score is None or values is None:
+            return values
+        score = self.score(metrics)
+        return None if score is None else [score]
 
     def _checked(self, evaluation: Evaluation) -> Evaluation:
         """The evaluation without figures that are no numbers; a failure where an objective is missing then."""

@@ -9,6 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,7 +43,7 @@ from .engine import Engine, Progress
 from .executors import Executor, InlineExecutor, RayExecutor
 from .folder import Cleaner, only_driver
 from .samplers import ONE_NUMBER, make_sampler
-from .several import Part, joint_evaluator, joint_study, make_parts, shared_capabilities
+from .several import Part, joint_evaluator, joint_study, make_parts, scalar_of, shared_capabilities
 
 
 class Watcher(Protocol):
@@ -150,8 +151,12 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
         if OBJECTIVES.get(constraint.name).function is not None and constraint.name not in config.objectives:
             raise InputError(f"constraint '{constraint.text}': name {constraint.name} among the objectives as well")
     sampler = make_sampler(config.sampler, seed=0, trials=config.trials, constrained=bool(constraints))
-    if config.sampler in ONE_NUMBER and len(config.objectives) > 1:
-        raise InputError(f"sampler {config.sampler} learns from one number: name one objective")
+    scalar = scalar_of(config)
+    if config.sampler in ONE_NUMBER and len(config.objectives) > 1 and scalar is None:
+        raise InputError(
+            f"sampler {config.sampler} learns from one number: name one objective, or make one number of several with "
+            "--scalarize 'accuracy * (latency/50%)^-0.1'"
+        )
     capabilities = shared_capabilities(backends)
     if task is None:
         from ..tasks.models import load_task
@@ -186,6 +191,8 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
             watcher.changed(progress, evaluation)
 
         untouched = next(record for record in study.records() if record.baseline == "untouched")
+        if scalar is not None and scalar(untouched.metrics, untouched.metrics) is None:
+            raise InputError(f"scalarize '{scalar.text}': it has no value for the untouched model; divide by a value")
         watcher.started(study, config, task, untouched)
         engine = Engine(
             space=space,
@@ -198,6 +205,7 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
             trials=config.trials,
             seconds=limit,
             baselines=baseline_plans(capabilities, finetune),
+            score=None if scalar is None else partial(scalar, untouched=untouched.metrics),
             on_change=on_change,
         )
         progress = engine.run()

@@ -16,6 +16,7 @@ from ..core.errors import InputError
 from ..core.types import Backend, Candidate, Capabilities, Evaluation, Measurement, Plan, State, Task
 from ..evaluators.objectives import Constraint, find_objective, is_device_figure, joint_names, parse_objectives
 from ..evaluators.pipeline import Evaluator, baseline_plans
+from ..evaluators.scalar import Scalar, parse_scalar
 from ..studies.point import make_folder
 from ..studies.storage import Database, sqlite_url
 from ..studies.study import Study, part_folder
@@ -62,11 +63,8 @@ def make_parts(
         database = _database(own, place, [o.direction for o in objectives], config.objectives)
         evaluator = Evaluator(task, backend, objectives, constraints, place, cache=folder / "cache")
         baselines = baseline_plans(backend.capabilities, finetune)
-        parts.append(
-            Part(
-                target, own, evaluator, Study(place, objectives, database, constraints=constraints), database, baselines
-            )
-        )
+        found = Study(place, objectives, database, constraints=constraints, scalar=scalar_of(config))
+        parts.append(Part(target, own, evaluator, found, database, baselines))
     return parts
 
 
@@ -77,7 +75,13 @@ def joint_study(config: SearchConfig, folder: Path, parts: Sequence[Part]) -> St
     names = joint_names(config.objectives, config.targets)
     objectives = [find_objective(name) for name in names]
     database = _database(config, folder, [o.direction for o in objectives], names)
-    return Study(folder, objectives, database, {part.target: part.study for part in parts})
+    studies = {part.target: part.study for part in parts}
+    return Study(folder, objectives, database, studies, scalar=scalar_of(config))
+
+
+def scalar_of(config: SearchConfig) -> Scalar | None:
+    """The one number that a search is to maximise; None for the whole front."""
+    return parse_scalar(config.scalarize, config.objectives) if config.scalarize else None
 
 
 def _database(config: SearchConfig, folder: Path, directions: list[str], names: Sequence[str]) -> Database:

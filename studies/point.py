@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import InputError
 from ..core.types import Artifact, Measurement
+from ..evaluators.scalar import Scalar
 from .rows import metrics_as_json
 
 
@@ -64,6 +65,13 @@ class Point:
         }
         (folder / "bundle.json").write_text(json.dumps(card, indent=2) + "\n")
         return folder
+
+
+def scores(scalar: Scalar | None, points: Sequence[Point]) -> dict[int, float]:
+    """By trial, the number that a scalarised search maximised; of those points that have all of its figures."""
+    untouched = next((point.metrics for point in points if point.baseline == "untouched"), {})
+    found = {point.trial: scalar(point.metrics, untouched) for point in points} if scalar else {}
+    return {trial: score for trial, score in found.items() if score is not None}
 
 
 def make_folder(folder: Path) -> None:

@@ -16,7 +16,7 @@ from ..evaluators.objectives import alongside
 from ..evaluators.units import scale, show_measurement
 from .cross import cross_as_csv, cross_as_json, crossings
 from .plot import write_plot
-from .point import Point
+from .point import Point, scores
 from .rows import metric_columns, metrics_as_json, trial_row
 from .study import Study
 
@@ -28,7 +28,7 @@ def write_reports(study: Study) -> None:
     """Write `trials.csv`, `front.csv` and `front.html` into the run folder."""
     records, points = study.records(), study.front()
     _write(study.folder / "trials.csv", rows_to_csv([trial_row(record) for record in records]))
-    _write(study.folder / "front.csv", rows_to_csv([_point_row(point) for point in points]))
+    _write(study.folder / "front.csv", rows_to_csv(_point_rows(study, points)))
     if study.parts:
         _write(study.folder / "cross.csv", cross_as_csv(crossings(study)))
     if records:
@@ -39,6 +39,12 @@ def _write(path: Path, text: str) -> None:
     part = path.with_suffix(path.suffix + ".part")
     part.write_text(text)
     part.replace(path)
+
+
+def _point_rows(study: Study, points: Sequence[Point]) -> list[dict[str, Any]]:
+    """The rows of `front.csv`; in a scalarised search they begin with the number that it maximised."""
+    numbers = scores(study.scalar, study.front())
+    return [{**({"score": numbers.get(p.trial)} if study.scalar else {}), **_point_row(p)} for p in points]
 
 
 def _point_row(point: Point) -> dict[str, Any]:
@@ -66,18 +72,19 @@ def front_as_csv(study: Study, verified: bool = False) -> str:
     if study.parts:
         return rows_to_csv(
             [
-                {"target": target, **_point_row(point)}
+                {"target": target, **row}
                 for target, part in study.parts.items()
-                for point in part.front(verified=verified)
+                for row in _point_rows(part, part.front(verified=verified))
             ]
         )
-    return rows_to_csv([_point_row(point) for point in study.front(verified=verified)])
+    return rows_to_csv(_point_rows(study, study.front(verified=verified)))
 
 
 def front_as_json(study: Study, verified: bool = False) -> str:
     """A list of {trial, plan, split, metrics, baseline, on_front, no_better_than, verified, change}.
 
-    Metrics are {name: {value, unit, low, high, kind, flags}}; the others are those of `Point`. After a search for
+    Metrics are {name: {value, unit, low, high, kind, flags}}; the others are those of `Point`. A scalarised search
+    adds the score, the number that it maximised. After a search for
     several targets: {fronts: {target: such a list}, cross: see `cross_as_json`}.
 
     Args:
@@ -90,8 +97,10 @@ def front_as_json(study: Study, verified: bool = False) -> str:
 
 
 def _points_as_json(study: Study, verified: bool) -> list[dict[str, Any]]:
+    numbers = scores(study.scalar, study.front())
     return [
         {
+            **({"score": numbers.get(point.trial)} if study.scalar else {}),
             "trial": point.trial,
             "plan": point.plan,
             "split": point.split,
@@ -126,6 +135,19 @@ def _cells(study: Study, points: Sequence[Point], verified: bool = False) -> tup
             row.append(_figure(name, point.metrics.get(name), base.get(name)))
         rows.append([*row, point.change if verified else ", ".join([point.split, *_standing(point)])])
     return header, rows
+
+
+def _best(study: Study) -> list[str]:
+    """What a scalarised search was after, and which point is the best by it."""
+    points = study.front()
+    numbers = scores(study.scalar, points)
+    if study.scalar is None or not any(point.on_front for point in points):
+        return []
+    best = study.best()
+    untouched = next((numbers[p.trial] for p in points if p.baseline == "untouched" and p.trial in numbers), None)
+    base = f", untouched model {untouched:.4g}" if untouched is not None else ""
+    score = f"{numbers[best.trial]:.4g}" if best.trial in numbers else "unknown"
+    return [f"best by {study.scalar.text}: trial {best.trial} ({score}{base})"]
 
 
 def _standing(point: Point) -> list[str]:
@@ -203,7 +225,7 @@ def front_table(study: Study, target: str = "", verified: bool = False) -> Table
     split = "test" if points and all(point.split == "test" for point in points if point.on_front) else "search"
     what = "verified on the test split" if verified else f"{split} split"
     caption = ["± half of the 95 % interval; in brackets: against the untouched model", *_doubts(points)]
-    caption += [] if verified else _notes(study, points)
+    caption = [*_best(study), *caption, *([] if verified else _notes(study, points))]
     table = Table(
         title=f"Pareto front{' for ' if target else ''}{target}, {what}",
         caption="\n".join([*caption, *(_dropped(study) if verified else [])]),

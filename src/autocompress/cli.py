@@ -69,6 +69,12 @@ def search(
     constraints: Annotated[
         list[str] | None, typer.Option(help="Such as 'latency<=50%' 'accuracy>=-1pt' 'size<=200kB'.")
     ] = None,
+    scalarize: Annotated[
+        str | None,
+        typer.Option(
+            help="One number to maximise instead: 'accuracy - 0.3 latency' or 'accuracy * (latency/5ms)^-0.07'."
+        ),
+    ] = None,
     space: Annotated[
         str | None,
         typer.Option(
@@ -89,7 +95,7 @@ def search(
         int | None, typer.Option(help="Training steps after a cut; default: an epoch, less for big models.")
     ] = None,
     sampler: Annotated[
-        str | None, typer.Option(help="tpe, nsga2, nsga3, gp, evolution, local, rl (one objective), grid or random.")
+        str | None, typer.Option(help="tpe, nsga2, nsga3, gp, evolution, local, rl (needs one number), grid or random.")
     ] = None,
     trials: Annotated[int | None, typer.Option(help="Candidates to evaluate, baselines included.")] = None,
     time: Annotated[str | None, typer.Option(help="Wall-clock budget, such as 30m.")] = None,
@@ -114,7 +120,7 @@ def search(
     """Search, and leave table, plot, database and files in a run folder."""
     given = {
         "model": model, "data": data, "weights": weights, "image_size": image_size, "target": target,
-        "threads": threads, "objectives": objectives, "constraints": constraints, "space": space,
+        "threads": threads, "objectives": objectives, "constraints": constraints, "scalarize": scalarize, "space": space,
         "granularity": granularity, "sensitivity": sensitivity, "bits": bits, "finetune_steps": finetune_steps, "sampler": sampler,
         "trials": trials, "time": time, "verify_time": verify_time, "trial_timeout": trial_timeout, "workers": workers, "executor": executor,
         "address": address, "seed": seed, "storage": storage, "study": study, "out": out,
