@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.codec import check_order, plan_key
-from ..core.errors import AutocompressError, CandidateError
+from ..core.codec import check_order
+from ..core.errors import AutocompressError, CandidateError, DeviceLostError
 from ..core.lane import LANE
 from ..core.notes import collect_notes
 from ..core.types import (
@@ -22,13 +22,13 @@ from ..core.types import (
     Evaluation,
     Measurement,
     Method,
-    Operator,
     Plan,
     Provenance,
     State,
     Task,
 )
 from .adaptive import adapts, expected_again, expected_measurements, is_exit_rate
+from .fidelity import UNTRAINED, Figures, Training, prepared, structure_of
 from .objectives import Built, Constraint, Objective, alongside
 
 if TYPE_CHECKING:
@@ -60,47 +60,81 @@ class Evaluator:
     cache: Path | None = None
 
     def __call__(self, candidate: Candidate) -> Evaluation:
-        """Evaluate; failures of the candidate come back as a result with a reason."""
+        """Evaluate; failures of the candidate come back as a result with a reason.
+
+        Raises:
+            DeviceLostError: the device went away, which says nothing about the candidate.
+        """
         started = time.perf_counter()
         found: dict[str, Measurement] = {}
         notes: list[str] = []
+        cache = self.cache or self.folder / "cache"
+        training = Training(self.task, cache, candidate.fidelity)
+        figures = Figures.of(cache, self.backend.name, candidate.key)
         try:
             with LANE.shared(), collect_notes() as notes:
-                evaluation = self._evaluate(candidate, found)
+                evaluation = self._evaluate(candidate, found, training, figures)
+        except DeviceLostError:
+            raise
         except (AutocompressError, MemoryError, RuntimeError, TimeoutError) as error:
             # RuntimeError is what torch and the runtimes raise for shapes, memory and kernels.
             evaluation = Evaluation(candidate, State.FAILED, found, reason=describe_error(error))
-        return dataclasses.replace(evaluation, seconds=time.perf_counter() - started, notes=tuple(notes))
+        if evaluation.state is not State.STOPPED:
+            figures.drop()
+        return dataclasses.replace(
+            evaluation,
+            candidate=dataclasses.replace(candidate, fidelity=1.0) if training.whole else candidate,
+            seconds=time.perf_counter() - started,
+            notes=tuple(notes),
+            steps=training.steps,
+        )
 
-    def _evaluate(self, candidate: Candidate, found: dict[str, Measurement]) -> Evaluation:
+    def _evaluate(
+        self, candidate: Candidate, found: dict[str, Measurement], training: Training, figures: Figures
+    ) -> Evaluation:
         check_order(candidate.plan)
         model = self.task.build()
-        training = next((i for i, step in enumerate(candidate.plan) if step.retrains), len(candidate.plan))
-        for step in candidate.plan[:training]:
+        first = next((i for i, step in enumerate(candidate.plan) if step.retrains), len(candidate.plan))
+        for step in candidate.plan[:first]:
             model = step(model, self.task)
         found.update(cheap_figures(model, self.task))
         bound = self._size_bound(model, candidate.plan)
         reason = self._violated(found) or self._violated({"size": bound}, early="at least ")
         if reason:
             return Evaluation(candidate, State.INFEASIBLE, found, reason, self._violations(found))
-        if training < len(candidate.plan) and self._limits_hardware():
-            reason, trial = self._too_slow(model, candidate, training)
+        if first < len(candidate.plan) and self._limits_hardware() and not figures.known():
+            reason, trial = self._too_slow(model, candidate, first)
             if reason:
                 return Evaluation(
                     candidate, State.INFEASIBLE, {**found, **trial}, reason, self._violations({**found, **trial})
                 )
-        for position, step in enumerate(candidate.plan[training:], training):
-            model = self._cached(model, candidate.plan[: position + 1]) if step.retrains else step(model, self.task)
+        for position, step in enumerate(candidate.plan[first:], first):
+            model = training(model, candidate.plan[: position + 1]) if step.retrains else step(model, self.task)
         artifact = self.backend.build(model, self.task, self.folder / "artifacts" / candidate.key)
         self._size(artifact, found)
         self._check_parity(model, artifact, candidate.plan, found)
         found.update(self.accuracy(artifact, candidate.plan, "search"))
         if self._asks_for("compressed_size"):
             found["compressed_size"] = compressed_size(model)
-        self._measure(artifact, candidate.plan, found)
+        stays = not training.whole or figures.known()
+        structure = structure_of(model, self.task, artifact) if stays else ""
+        device = figures.read(structure)
+        if device is None:
+            device = self._device_figures(artifact, candidate.plan)
+            if not training.whole:
+                figures.write(structure, device)
+        found.update(device)
+        self._add_own(artifact, found)
         if adapts(model) or self._asks_for("expected_latency") or self._asks_for("expected_macs"):
             reference = self._reference(candidate.plan)
             found.update(expected_measurements(model, self.task, self.backend, artifact, found, reference))
+        if not training.whole:
+            shutil.rmtree(self.folder / "artifacts" / candidate.key)  # nobody may deploy it
+            # What learns on may come to keep the limits that depend on what it has learnt.
+            reason = self._violated({name: m for name, m in found.items() if name in (*device, *UNTRAINED)})
+            state = State.INFEASIBLE if reason else State.STOPPED
+            reason = reason or f"stopped after {candidate.fidelity:.0%} of its training"
+            return Evaluation(candidate, state, found, reason, self._violations(found))
         reason = self._violated(found)
         state = State.INFEASIBLE if reason else State.COMPLETE
         return Evaluation(candidate, state, found, reason, self._violations(found), artifact)
@@ -109,6 +143,10 @@ class Evaluator:
         self, artifact: Artifact, plan: Plan, known: Mapping[str, Measurement], split: str
     ) -> dict[str, Measurement]:
         """Measure a finished candidate's file once more: accuracy on `split`, and the target's figures.
+
+        Args:
+            known: its figures so far; those that can't change are taken from there.
+            split: "" keeps the accuracy that is known.
 
         Raises:
             CandidateError: the file is gone, or does not run any more.
@@ -121,16 +159,21 @@ class Evaluator:
                 for name, m in known.items()
                 if name in ("parameters", "macs", "size", "compressed_size", "parity", "expected_macs")
                 or is_exit_rate(name)
+                or (not split and name in ("accuracy", "loss", "calibration_error"))
             }
-            found |= self.accuracy(artifact, plan, split)
-            self._measure(artifact, plan, found)
+            if split:
+                found |= self.accuracy(artifact, plan, split)
+            found |= self._device_figures(artifact, plan)
+            self._add_own(artifact, found)
             if "expected_latency" in known:
                 found |= expected_again(self.task, self.backend, artifact, found, self._reference(plan))
         return found
 
-    def _measure(self, artifact: Artifact, plan: Plan, found: dict[str, Measurement]) -> None:
-        """Add the target's figures, then those of the objectives that people brought along."""
-        found.update({m.name: m for m in self.backend.measure(artifact, self.task, self._reference(plan))})
+    def _device_figures(self, artifact: Artifact, plan: Plan) -> dict[str, Measurement]:
+        return {m.name: m for m in self.backend.measure(artifact, self.task, self._reference(plan))}
+
+    def _add_own(self, artifact: Artifact, found: dict[str, Measurement]) -> None:
+        """Add the figures of the objectives that people brought along."""
         for objective in self.objectives:
             if objective.function is not None:
                 found[objective.name] = objective.function(Built(self.task, artifact, self.backend, found))
@@ -162,24 +205,6 @@ class Evaluator:
         source = provenance(self.backend.name, method=method)
         device = getattr(self.backend, "predicts_on", "")
         return dataclasses.replace(source, device=device) if device else source
-
-    def _cached(self, model: nn.Module, prefix: Plan) -> nn.Module:
-        """Run the last, retraining step of `prefix`, or load what an earlier candidate with this prefix learnt."""
-        from safetensors.torch import load_file, save_file
-
-        from ..compression.distillation import remember
-
-        path = (self.cache or self.folder / "cache") / f"{plan_key(prefix)}.safetensors"
-        if path.is_file():
-            model = prepared(prefix[-1], model, self.task)
-            model.load_state_dict(load_file(path))
-            return remember(model.eval())  # as training does: a later step may learn from this model
-        model = prefix[-1](model, self.task)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, part)
-        part.replace(path)
-        return model
 
     def _size(self, artifact: Artifact, found: dict[str, Measurement]) -> None:
         from ..hardware.device import provenance
@@ -280,12 +305,6 @@ def compressed_size(model: nn.Module) -> Measurement:
 
     source = Provenance(Method.MEASURED, "any", "autocompress coding", "")
     return Measurement("compressed_size", float(count(model)), "B", None, 1, source)
-
-
-def prepared(step: Operator, model: nn.Module, task: Task) -> nn.Module:
-    """The structure that a retraining step's weights fit, without the training."""
-    prepare = getattr(step, "prepare", None)
-    return prepare(model, task) if prepare is not None else model
 
 
 def lowest_bits(plan: Plan) -> float:

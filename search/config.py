@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from ..core.errors import InputError
+from .resources import parse_resources
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -53,12 +54,18 @@ class SearchConfig(BaseModel):
         finetune_steps: training steps after a cut, in stock spaces and in the pruning baseline; none for an
             epoch, or less for big models (about a minute on one CPU core, a few where convolutions are depthwise).
         trials: candidates to evaluate, baselines included.
+        rungs: at how many lengths of training candidates are compared: the best go on from one to the next, only the
+            last is full training (docs/fidelity.md); 1 trains every candidate in full.
+        reduction: of the candidates on a rung one in so many goes on, to so many times the training.
         time: wall-clock budget in seconds ("30m" in YAML); none for no limit.
         verify_time: seconds at the end of a search in which points whose place on the front is in doubt are measured
             again (docs/fronts.md).
         trial_timeout: seconds after which one candidate counts as hanging.
         threads: cores that a measurement is pinned to; 0 for all.
         storage: SQLAlchemy URL of the study; none for study.db in the run folder.
+        workers: candidates evaluated side by side, at most; "auto" for as many as this machine has cores for, or as a
+            cluster gives (one that grows on demand is asked for more as long as it gives more).
+        resources: of each worker, such as "cpu=2,gpu=0.5,mem=2GB"; "" for one core.
         address: of a Ray cluster to join.
     """
 
@@ -80,10 +87,13 @@ class SearchConfig(BaseModel):
     finetune_steps: int | None = Field(None, ge=0)
     sampler: str = "tpe"
     trials: int = Field(40, ge=1)
+    rungs: int = Field(1, ge=1, le=9)
+    reduction: int = Field(3, ge=2)
     time: Duration | None = None
     verify_time: Annotated[float, BeforeValidator(seconds), Field(ge=0)] = 60.0
     trial_timeout: Duration = 1800.0
-    workers: int = Field(1, ge=1)
+    workers: int | Literal["auto"] = 1
+    resources: str = ""
     executor: Literal["ray", "inline"] = "ray"
     address: str | None = None
     seed: int = 0
@@ -95,6 +105,24 @@ class SearchConfig(BaseModel):
     def targets(self) -> list[str]:
         """The target or targets, as a list."""
         return [self.target] if isinstance(self.target, str) else self.target
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _a_number_or_auto(cls, workers: Any) -> Any:
+        if workers == "auto":
+            return workers
+        if isinstance(workers, bool) or not re.fullmatch(r"-?\d+", str(workers).strip()):
+            raise ValueError("expected a number, or auto")
+        if int(workers) < 1:
+            raise ValueError("Input should be greater than or equal to 1, or auto")
+        return int(workers)
+
+    @field_validator("resources")
+    @classmethod
+    def _readable(cls, resources: str) -> str:
+        if resources:
+            parse_resources(resources)
+        return resources
 
     @field_validator("target")
     @classmethod

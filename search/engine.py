@@ -1,7 +1,8 @@
 """The search loop: ask, evaluate, record, tell.
 
 Sampling happens in memory; the database gets whole finished trials. One candidate is evaluated once:
-a repeated proposal is answered from the study, and does not count as a trial.
+a repeated proposal is answered from the study, and does not count as a trial. With several rungs (see
+`rungs.Ladder`) a candidate is trained a little, recorded, and trained further where it is among the best.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from ..core.codec import check_plan, decode_measurements, plan_key
+from ..core.codec import check_plan, decode_plan, plan_key
 from ..core.errors import InputError
 from ..core.types import Candidate, Evaluation, Measurement, Plan, Space, State
-from ..studies.study import Study
+from ..studies.study import FIDELITY, Study, read_record
 from .executors import Executor
+from .rungs import Ladder
 from .samplers import VIOLATIONS
 
 REPEATS_IN_A_ROW = 200  # proposals without a new candidate after which the space counts as exhausted
@@ -30,22 +32,33 @@ REPEATS_IN_A_ROW = 200  # proposals without a new candidate after which the spac
 
 @dataclass
 class Progress:
-    """What happened so far, for whoever shows it."""
+    """What happened so far, for whoever shows it.
+
+    Attributes:
+        trials: candidates that have a result.
+        stopped: those of them that were trained a part of the way, so far.
+        steps: optimizer steps, those of earlier runs included.
+    """
 
     trials: int = 0
     failures: int = 0
     infeasible: int = 0
     repeats: int = 0
+    stopped: int = 0
+    steps: int = 0
     running: int = 0
     ended: str = ""
 
 
 @dataclass
 class _Known:
-    """An answered candidate: what a repeat of it is told."""
+    """An answered candidate: what a repeat of it is told, and how its parameters are recorded once more."""
 
     values: list[float] | None
     violations: list[float]
+    state: State
+    fidelity: float
+    distributions: Mapping[str, BaseDistribution]
 
 
 @dataclass
@@ -61,6 +74,7 @@ class Engine:
         trials: recorded trials to end with, those of earlier runs included.
         seconds: wall-clock budget of this run; None for no limit.
         on_change: called after every recorded trial, and about twice a second.
+        rungs, reduction: see `rungs.Ladder`; with one rung every candidate is trained in full at once.
     """
 
     space: Space
@@ -73,6 +87,8 @@ class Engine:
     score: Callable[[Mapping[str, Measurement]], float | None] | None = None
     on_change: Callable[[Progress, Evaluation | None], None] = lambda progress, evaluation: None
     progress: Progress = field(default_factory=Progress)
+    rungs: int = 1
+    reduction: int = 3
 
     def __post_init__(self) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -80,6 +96,8 @@ class Engine:
         self._memory = optuna.create_study(sampler=self.sampler, directions=directions)
         self._known: dict[str, _Known] = {}
         self._pending: dict[str, list[Trial | None]] = {}
+        self._climbing: set[str] = set()
+        self._ladder = Ladder(directions, self.rungs, self.reduction)
         self._names = {plan_key(plan): name for name, plan in self.baselines.items()}
         for trial in self.study.stored():
             self._remember(trial)
@@ -92,12 +110,20 @@ class Engine:
         try:
             while True:
                 late = self.seconds is not None and time.monotonic() - started > self.seconds
-                while not (late or exhausted) and self.executor.room() and self._wanted() > 0:
-                    candidate = next(asking, None)
-                    exhausted = candidate is None
-                    if candidate is not None:
-                        self.executor.submit(candidate)
-                if not self._pending:
+                idle = False
+                while not late and self.executor.room():
+                    candidate = self._promoted()
+                    if candidate is None and not exhausted and self._wanted() > 0:
+                        candidate = next(asking, None)
+                        exhausted = candidate is None
+                    if candidate is None and not self._running():
+                        candidate = self._promoted(last_call=True)
+                    idle = candidate is None
+                    if candidate is None:
+                        break
+                    self.executor.submit(candidate)
+                # Nothing to do, that is; workers that are yet to come are waited for.
+                if not self._running() and (late or idle):
                     break
                 for evaluation in self.executor.wait(0.5):
                     self._finish(evaluation)
@@ -118,9 +144,31 @@ class Engine:
         self.study.write(evaluation, params)
         violations = [v for v in evaluation.violations if v is not None]
         values = self._scored(self.study.known_values(evaluation), evaluation.measurements)
-        self._known[evaluation.candidate.key] = _Known(values, violations)
-        self._count(evaluation.state)
+        candidate = evaluation.candidate
+        known = _Known(values, violations, evaluation.state, candidate.fidelity, params or {})
+        self._learn(candidate.key, known, candidate)
+        self.progress.steps += evaluation.steps
         return evaluation
+
+    def _learn(self, key: str, known: _Known, candidate: Candidate | None) -> None:
+        """Remember and count a candidate's latest result; the candidate itself is needed where it has stopped."""
+        before = self._known.get(key)
+        self._known[key] = known
+        if before is not None:
+            self.progress.trials -= 1
+            self.progress.stopped -= before.state is State.STOPPED
+        self._count(known.state)
+        if known.state is State.STOPPED and known.values is not None and candidate is not None:
+            self._ladder.add(candidate, known.values, known.violations)
+        else:
+            self._ladder.leave(key)
+
+    def _promoted(self, last_call: bool = False) -> Candidate | None:
+        """The candidate that has earned more training, if any."""
+        candidate = self._ladder.next(last_call)
+        if candidate is not None:
+            self._climbing.add(candidate.key)
+        return candidate
 
     def _proposals(self) -> Any:
         """Yield candidates that are neither known nor running; ends where only repeats come."""
@@ -143,6 +191,8 @@ class Engine:
                     return
                 continue
             candidate = Candidate(plan, dict(trial.params))
+            if candidate.key not in self._names:  # baselines are trained in full at once: fronts are measured by them
+                candidate = dataclasses.replace(candidate, fidelity=self._ladder.lowest)
             if candidate.key in self._known:
                 self._tell(trial, self._known[candidate.key])
                 self.progress.repeats += 1
@@ -164,12 +214,19 @@ class Engine:
         return False
 
     def _finish(self, evaluation: Evaluation) -> None:
-        trials = self._pending.pop(evaluation.candidate.key)
-        first = trials[0]
-        evaluation = self.record(evaluation, first.distributions if first else None)
-        for trial in trials:
-            if trial is not None:
-                self._tell(trial, self._known[evaluation.candidate.key])
+        key = evaluation.candidate.key
+        if key in self._climbing:
+            self._climbing.remove(key)
+            distributions = self._known[key].distributions
+            evaluation = self.record(evaluation, distributions)
+            self._add(evaluation.candidate.params, self._known[key])
+        else:
+            trials = self._pending.pop(key)
+            first = trials[0]
+            evaluation = self.record(evaluation, first.distributions if first else None)
+            for trial in trials:
+                if trial is not None:
+                    self._tell(trial, self._known[key])
         self._show(evaluation)
 
     def _record_broken(self, trial: Trial, error: Exception) -> None:
@@ -182,7 +239,8 @@ class Engine:
         self._show(None)
 
     def _tell(self, trial: Trial, known: _Known) -> None:
-        trial.set_user_attr(VIOLATIONS, known.violations)
+        for name, value in _attributes(known).items():
+            trial.set_user_attr(name, value)
         if known.values is None:
             self._memory.tell(trial, state=TrialState.FAIL)
         else:
@@ -193,21 +251,30 @@ class Engine:
         stored = trial.user_attrs.get("evaluation")
         if stored is None:
             raise InputError("the study holds trials that autocompress did not write; use another study name or folder")
-        violations = [v for v in stored["violations"] if v is not None]
-        values = self._scored(trial.values, decode_measurements(stored["metrics"]))
-        self._known[stored["key"]] = _Known(values, violations)
-        self._count(State(stored["state"]))
-        if trial.params and values is not None:
-            self._memory.add_trial(
-                optuna.trial.create_trial(
-                    state=trial.state,
-                    values=values,
-                    params=trial.params,
-                    distributions=trial.distributions,
-                    user_attrs={VIOLATIONS: violations},
-                    system_attrs={"constraints": violations} if violations else {},
-                )
+        record = read_record(trial, self.study.folder)
+        stopped = record.state is State.STOPPED
+        values = self._scored(self.study.values(record.metrics) if stopped else trial.values, record.metrics)
+        violations = [v for v in record.violations if v is not None]
+        known = _Known(values, violations, record.state, record.fidelity, trial.distributions)
+        candidate = Candidate(decode_plan(record.plan), trial.params, record.fidelity) if stopped else None
+        self._learn(record.key, known, candidate)
+        self.progress.steps += record.steps or 0
+        self._add(trial.params, known)
+
+    def _add(self, params: Mapping[str, Any], known: _Known) -> None:
+        """Let the sampler know of a result that it does not wait for."""
+        if not params or known.values is None:
+            return
+        self._memory.add_trial(
+            optuna.trial.create_trial(
+                state=TrialState.COMPLETE,
+                values=known.values,
+                params=dict(params),
+                distributions=dict(known.distributions),
+                user_attrs=_attributes(known),
+                system_attrs={"constraints": known.violations} if known.violations else {},
             )
+        )
 
     def _scored(self, values: list[float] | None, metrics: Mapping[str, Measurement]) -> list[float] | None:
         """What the sampler is told of a trial's values; None for a failure."""
@@ -221,12 +288,15 @@ class Engine:
         bad = {name: m.value for name, m in evaluation.measurements.items() if not math.isfinite(m.value)}
         kept = {name: m for name, m in evaluation.measurements.items() if name not in bad}
         missing = next((objective.name for objective in self.study.objectives if objective.name not in kept), "")
-        if not missing or evaluation.state is not State.COMPLETE:
+        if not missing or evaluation.state not in (State.COMPLETE, State.STOPPED):
             return dataclasses.replace(evaluation, measurements=kept)
         reason = (
             f"{missing} is {bad[missing]}, not a finite number" if missing in bad else f"{missing} was not measured"
         )
         return dataclasses.replace(evaluation, measurements=kept, state=State.FAILED, reason=reason)
+
+    def _running(self) -> int:
+        return len(self._pending) + len(self._climbing)
 
     def _wanted(self) -> int:
         return self.trials - self.progress.trials - len(self._pending)
@@ -235,7 +305,14 @@ class Engine:
         self.progress.trials += 1
         self.progress.failures += state is State.FAILED
         self.progress.infeasible += state is State.INFEASIBLE
+        self.progress.stopped += state is State.STOPPED
 
     def _show(self, evaluation: Evaluation | None) -> None:
-        self.progress.running = len(self._pending)
+        self.progress.running = self._running()
         self.on_change(self.progress, evaluation)
+
+
+def _attributes(known: _Known) -> dict[str, Any]:
+    """What samplers read of a result beside its values."""
+    found: dict[str, Any] = {VIOLATIONS: known.violations}
+    return found | ({FIDELITY: known.fidelity} if known.fidelity < 1 else {})

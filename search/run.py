@@ -19,8 +19,8 @@ from optuna.samplers import BaseSampler
 
 from ..compression.analysis import sensitivity
 from ..compression.graph import find_layers
-from ..core.codec import check_plan, decode_plan, encode_measurements
-from ..core.errors import AutocompressError, CandidateError, InputError
+from ..core.codec import check_plan
+from ..core.errors import AutocompressError, CandidateError, DeviceLostError, InputError
 from ..core.registry import OBJECTIVES, SPACES
 from ..core.types import Candidate, Capabilities, Data, Evaluation, Space, State, Task
 from ..evaluators.objectives import (
@@ -35,15 +35,15 @@ from ..hardware.targets import make_backend
 from ..spaces.stock import task_finetune
 from ..studies.point import make_folder
 from ..studies.report import write_reports
-from ..studies.storage import Database
 from ..studies.study import Record, Study
 from ..tasks.data import example_input
 from .config import SearchConfig, make_config, save_config
 from .engine import Engine, Progress
-from .executors import Executor, InlineExecutor, RayExecutor
+from .executors import Executor, InlineExecutor, make_ray_executor
 from .folder import Cleaner, only_driver
 from .samplers import ONE_NUMBER, make_sampler
 from .several import Part, joint_evaluator, joint_study, make_parts, scalar_of, shared_capabilities
+from .verify import measure_front
 
 
 class Watcher(Protocol):
@@ -54,6 +54,10 @@ class Watcher(Protocol):
     def changed(self, progress: Progress, evaluation: Evaluation | None) -> None: ...
 
     def measuring(self, done: int, total: int) -> None: ...
+
+    def settling(self, doubtful: int, left: float) -> None: ...
+
+    def settled(self, points: int, times: int, doubtful: int) -> None: ...
 
     def trouble(self, text: str) -> None: ...
 
@@ -70,6 +74,12 @@ class Silent:
         """Ignore."""
 
     def measuring(self, done: int, total: int) -> None:
+        """Ignore."""
+
+    def settling(self, doubtful: int, left: float) -> None:
+        """Ignore."""
+
+    def settled(self, points: int, times: int, doubtful: int) -> None:
         """Ignore."""
 
     def trouble(self, text: str) -> None:
@@ -103,6 +113,7 @@ def run_search(
 
     Raises:
         InputError: anything that can't be used, before compute is spent on it.
+        DeviceLostError: the target went away; once it is back, `resume_search` goes on.
     """
     targets = target if isinstance(target, str) else list(target)
     given = {"target": targets, "objectives": list(objectives), "constraints": list(constraints), "trials": trials}
@@ -207,18 +218,26 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
             baselines=baseline_plans(capabilities, finetune),
             score=None if scalar is None else partial(scalar, untouched=untouched.metrics),
             on_change=on_change,
+            rungs=config.rungs,
+            reduction=config.reduction,
         )
-        progress = engine.run()
-        if progress.ended != "interrupted":
-            try:
+        lost: DeviceLostError | None = None
+        try:
+            if engine.run().ended != "interrupted":
                 for part in parts:
-                    _measure_front(part.evaluator, part.study, part.database, watcher)
+                    measure_front(part.evaluator, part.study, watcher, config.verify_time)
                 shutil.rmtree(folder / "cache", ignore_errors=True)  # trained weights; no candidate will share them now
-            except KeyboardInterrupt:
-                progress.ended = "interrupted"
+        except KeyboardInterrupt:
+            engine.progress.ended = "interrupted"
+        except DeviceLostError as error:
+            lost = error
         for found in [*study.parts.values(), study]:
             write_reports(found)
-        watcher.ended(study, progress)
+        watcher.ended(study, engine.progress)
+        if lost is not None:
+            raise DeviceLostError(
+                f"{lost}; nothing finished is lost: once it is back, --resume {folder} goes on"
+            ) from lost
     return study
 
 
@@ -289,24 +308,7 @@ def _check_space(space: Space, sampler: BaseSampler) -> Space:
 def _make_executor(config: SearchConfig, evaluator: Callable[[Candidate], Evaluation]) -> Executor:
     if config.executor == "inline":
         return InlineExecutor(evaluator, config.trial_timeout)
-    return RayExecutor(evaluator, config.workers, config.trial_timeout, config.address)
-
-
-def _measure_front(evaluator: Evaluator, study: Study, database: Database, watcher: Watcher) -> None:
-    """Measure the front and the baselines again, on the test split, with nothing else running."""
-    records = study.records()
-    best = study.front_trials(records)
-    again = [r for r in records if r.artifact is not None and (r.trial in best or r.baseline)]
-    for number, record in enumerate(again):
-        watcher.measuring(number, len(again))
-        assert record.artifact is not None
-        try:
-            metrics = evaluator.again(record.artifact, decode_plan(record.plan), record.metrics, "test")
-        except (AutocompressError, RuntimeError, OSError) as error:
-            # The point keeps its search-split figures, and says so.
-            watcher.trouble(f"trial {record.trial} could not be measured again: {error}")
-            continue
-        database.set_front(record.trial, "test", encode_measurements(metrics))
+    return make_ray_executor(config, evaluator)
 
 
 def _as_task(model: str | torch.nn.Module | Task, data: str | Data, config: SearchConfig) -> Task:

@@ -22,6 +22,8 @@ from ..studies.storage import Database, sqlite_url
 from ..studies.study import Study, part_folder
 from .config import SearchConfig
 
+WORST_FIRST = (State.FAILED, State.INFEASIBLE, State.STOPPED, State.COMPLETE)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -155,11 +157,12 @@ class SeveralTargets:
     def sum_up(self, candidate: Candidate, results: Mapping[str, Evaluation]) -> Evaluation:
         """One result for all targets: failed or infeasible where any of them is."""
         states = [result.state for result in results.values()]
-        worst = next(state for state in (State.FAILED, State.INFEASIBLE, State.COMPLETE) if state in states)
+        worst = next(state for state in WORST_FIRST if state in states)
         reasons = [f"{target}: {result.reason}" for target, result in results.items() if result.state is worst]
         notes = dict.fromkeys(note for result in results.values() for note in result.notes)
+        fidelity = min(result.candidate.fidelity for result in results.values())
         return Evaluation(
-            candidate,
+            dataclasses.replace(candidate, fidelity=fidelity),
             worst,
             _measurements(results),
             "; ".join(reasons) if worst is not State.COMPLETE else "",
@@ -167,6 +170,7 @@ class SeveralTargets:
             seconds=sum(result.seconds for result in results.values()),
             notes=tuple(notes),
             parts=dict(results),
+            steps=sum(result.steps for result in results.values()),
         )
 
 

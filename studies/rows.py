@@ -21,6 +21,8 @@ def trial_row(record: Record) -> dict[str, Any]:
         "plan": record.summary,
         "reason": record.reason,
         "seconds": record.seconds,
+        "fidelity": record.fidelity,
+        "training_steps": record.steps,
         "bits_in_graph": describe_bits(record.artifact.bits) if record.artifact else "",
         "notes": "; ".join(record.notes),
     }

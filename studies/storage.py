@@ -70,7 +70,7 @@ class Database:
     def add(
         self,
         *,
-        complete: bool,
+        state: TrialState,
         values: Sequence[float] | None,
         params: Mapping[str, Any],
         distributions: Mapping[str, BaseDistribution],
@@ -78,7 +78,11 @@ class Database:
         system_attrs: Mapping[str, Any],
         seconds: float,
     ) -> int:
-        """Write one finished trial in one transaction; return its number."""
+        """Write one finished trial in one transaction; return its number.
+
+        Args:
+            values: of complete trials alone; None for the others.
+        """
         end = datetime.datetime.now()
         with self._engine.begin() as connection:
             trials = self._tables.tables["trials"]
@@ -88,7 +92,7 @@ class Database:
             row = {
                 "number": number,
                 "study_id": self.study._study_id,
-                "state": (TrialState.COMPLETE if complete else TrialState.FAIL).name,
+                "state": state.name,
                 "datetime_start": end - datetime.timedelta(seconds=seconds),
                 "datetime_complete": end,
             }
@@ -98,7 +102,7 @@ class Database:
                 "trial_values",
                 [
                     {"trial_id": trial_id, "objective": i, "value": value, "value_type": "FINITE"}
-                    for i, value in enumerate(values if complete and values else ())
+                    for i, value in enumerate(values or ())
                 ],
             )
             self._insert(

@@ -98,6 +98,13 @@ def search(
         str | None, typer.Option(help="tpe, nsga2, nsga3, gp, evolution, local, rl (needs one number), grid or random.")
     ] = None,
     trials: Annotated[int | None, typer.Option(help="Candidates to evaluate, baselines included.")] = None,
+    rungs: Annotated[
+        int | None,
+        typer.Option(help="Train all candidates a little and only the best on, in so many rungs; 1: all in full."),
+    ] = None,
+    reduction: Annotated[
+        int | None, typer.Option(help="With --rungs: one candidate in so many goes on, for so many times the steps.")
+    ] = None,
     time: Annotated[str | None, typer.Option(help="Wall-clock budget, such as 30m.")] = None,
     verify_time: Annotated[
         str | None, typer.Option(help="For measuring doubtful points of the front again, such as 2m; default: 60s.")
@@ -105,7 +112,10 @@ def search(
     trial_timeout: Annotated[
         str | None, typer.Option(help="When one candidate counts as hanging, such as 10m.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Candidates evaluated side by side.")] = None,
+    workers: Annotated[str | None, typer.Option(help="Candidates evaluated side by side, or auto.")] = None,
+    resources: Annotated[
+        str | None, typer.Option(help="What each worker needs, such as cpu=2,gpu=0.5,mem=2GB; default: one core.")
+    ] = None,
     executor: Annotated[str | None, typer.Option(help="ray or inline (this process, for debugging).")] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join.")] = None,
     seed: Annotated[int | None, typer.Option(help="For sampling and training.")] = None,
@@ -122,7 +132,7 @@ def search(
         "model": model, "data": data, "weights": weights, "image_size": image_size, "target": target,
         "threads": threads, "objectives": objectives, "constraints": constraints, "scalarize": scalarize, "space": space,
         "granularity": granularity, "sensitivity": sensitivity, "bits": bits, "finetune_steps": finetune_steps, "sampler": sampler,
-        "trials": trials, "time": time, "verify_time": verify_time, "trial_timeout": trial_timeout, "workers": workers, "executor": executor,
+        "trials": trials, "rungs": rungs, "reduction": reduction, "time": time, "verify_time": verify_time, "trial_timeout": trial_timeout, "workers": workers, "resources": resources, "executor": executor,
         "address": address, "seed": seed, "storage": storage, "study": study, "out": out,
     }  # fmt: skip
     flags = {name: value for name, value in given.items() if value not in (None, [])}

@@ -146,6 +146,8 @@ def encode_evaluation(evaluation: Evaluation, root: Path) -> dict[str, Any]:
         "seconds": round(evaluation.seconds, 3),
         "baseline": evaluation.baseline,
         "notes": list(evaluation.notes),
+        "fidelity": evaluation.candidate.fidelity,
+        "steps": evaluation.steps,
     }
 
 

@@ -18,6 +18,10 @@ class MissingDependencyError(AutocompressError, ImportError):
     """A package or device that the request needs is not here."""
 
 
+class DeviceLostError(MissingDependencyError):
+    """A device went away while it was in use; the search stops, and can go on once it is back."""
+
+
 class CandidateError(AutocompressError, RuntimeError):
     """One candidate can't be built, trained or measured; the search records the reason and goes on."""
 

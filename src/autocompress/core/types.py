@@ -137,10 +137,12 @@ class Candidate:
     Attributes:
         plan: ordered compression steps; () is the untouched model.
         params: what the sampler chose, by parameter name.
+        fidelity: share of its training steps that are to be done; less than 1 on the lower rungs of a search.
     """
 
     plan: Plan
     params: Mapping[str, Any] = field(default_factory=dict)
+    fidelity: float = 1.0
 
     @property
     def key(self) -> str:
@@ -280,6 +282,7 @@ class State(enum.StrEnum):
     COMPLETE = "complete"
     INFEASIBLE = "infeasible"
     FAILED = "failed"
+    STOPPED = "stopped"  # trained a part of the way; never on a front
 
 
 @dataclass(frozen=True)
@@ -295,6 +298,7 @@ class Evaluation:
         baseline: "untouched", "uniform int8", ... for the models that a search must beat; "" otherwise.
         notes: what operators left undone, and why, one line each.
         parts: in a search for several targets, the result on each, by target; this one then sums them up.
+        steps: optimizer steps that it was trained for; those of others with the same beginning are theirs.
     """
 
     candidate: Candidate
@@ -307,3 +311,4 @@ class Evaluation:
     baseline: str = ""
     notes: tuple[str, ...] = ()
     parts: Mapping[str, Evaluation] = field(default_factory=dict)
+    steps: int = 0

@@ -1,0 +1,127 @@
+"""Rungs: all candidates are trained a little, and the best go on (asynchronous successive halving, several objectives).
+
+ASHA (Li et al. 2020, arXiv:1810.05934) with ranks by dominance, as MO-ASHA has (Schmucker et al. 2021,
+arXiv:2106.12639).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..core.errors import InputError
+from ..core.types import Candidate
+
+MARGIN = 0.1  # of the range of each objective, by which the reference point of hypervolumes lies beyond the worst
+
+
+@dataclass(frozen=True)
+class _Entry:
+    candidate: Candidate
+    values: tuple[float, ...]
+    violation: float
+
+
+@dataclass
+class _Rung:
+    """Results at one fidelity, by candidate, and which of these candidates have gone on or never will."""
+
+    fidelity: float
+    entries: dict[str, _Entry] = field(default_factory=dict)
+    left: set[str] = field(default_factory=set)
+
+
+class Ladder:
+    """Who is trained further, and how far.
+
+    Args:
+        directions: of the objectives.
+        rungs: how many fidelities there are, the full one included.
+        reduction: of the candidates on a rung one in so many goes on, to so many times the training.
+
+    Raises:
+        InputError: fewer than 1 rung, or a reduction below 2.
+    """
+
+    def __init__(self, directions: Sequence[str], rungs: int = 1, reduction: int = 3) -> None:
+        if rungs < 1 or reduction < 2:
+            raise InputError(f"expected at least 1 rung and a reduction of 2 or more, not {rungs} and {reduction}")
+        self.reduction = reduction
+        self._signs = np.array([-1.0 if direction == "maximize" else 1.0 for direction in directions])
+        self._rungs = [_Rung(float(reduction) ** (place + 1 - rungs)) for place in range(rungs - 1)]
+        self._last: dict[int, tuple[int, list[str]]] = {}
+
+    @property
+    def lowest(self) -> float:
+        """The fidelity that candidates begin at."""
+        return self._rungs[0].fidelity if self._rungs else 1.0
+
+    def add(self, candidate: Candidate, values: Sequence[float], violations: Sequence[float]) -> None:
+        """Take in a candidate that has stopped at its fidelity; at the next lower rung where there is none for it."""
+        fitting = [place for place, rung in enumerate(self._rungs) if rung.fidelity <= candidate.fidelity * (1 + 1e-9)]
+        if not fitting:
+            return
+        self.leave(candidate.key, fitting[-1])
+        violation = sum(max(0.0, entry) for entry in violations)
+        self._rungs[fitting[-1]].entries[candidate.key] = _Entry(candidate, tuple(values), violation)
+
+    def leave(self, key: str, below: int | None = None) -> None:
+        """Note that a candidate needs no further training: from the rungs under `below`, or from all."""
+        for rung in self._rungs[:below]:
+            rung.left.add(key)
+
+    def next(self, last_call: bool = False) -> Candidate | None:
+        """The candidate to train further now, with its new fidelity; None where none has earned it.
+
+        That is the best of those that are among the first 1/reduction of their rung and have not gone on yet; upper
+        rungs come first.
+
+        Args:
+            last_call: no more results will come: shares are rounded up, so that something gets to the top.
+        """
+        for place in reversed(range(len(self._rungs))):
+            rung = self._rungs[place]
+            count = (len(rung.entries) + (self.reduction - 1 if last_call else 0)) // self.reduction
+            for key in self._order(place)[:count]:
+                if key not in rung.left:
+                    rung.left.add(key)
+                    above = self._rungs[place + 1].fidelity if place + 1 < len(self._rungs) else 1.0
+                    return dataclasses.replace(rung.entries[key].candidate, fidelity=above)
+        return None
+
+    def _order(self, place: int) -> list[str]:
+        """The keys of a rung's candidates, the best first."""
+        entries = self._rungs[place].entries
+        known, order = self._last.get(place, (0, []))
+        if known != len(entries):  # results never change
+            order = best_first(entries, self._signs)
+            self._last[place] = (len(entries), order)
+        return order
+
+
+def best_first(entries: Mapping[str, _Entry], signs: np.ndarray) -> list[str]:
+    """Keys by rank of dominance, within a rank by what they add to its hypervolume; infeasible ones come last.
+
+    Those are in the order of how far they are beyond the limits.
+    """
+    keys = [key for key, entry in entries.items() if entry.violation <= 0]
+    beyond = sorted((key for key, entry in entries.items() if entry.violation > 0), key=lambda k: entries[k].violation)
+    if not keys:
+        return beyond
+    import moocore
+
+    values = np.array([entries[key].values for key in keys], float) * signs
+    span = np.ptp(values, axis=0)
+    values = (values - values.min(0)) / np.where(span > 0, span, 1.0)
+    if values.shape[1] == 1:
+        return [keys[i] for i in np.argsort(values[:, 0], kind="stable")] + beyond
+    ranks = moocore.pareto_rank(values)
+    order: list[str] = []
+    for rank in np.unique(ranks):
+        own = np.flatnonzero(ranks == rank)
+        added = moocore.hv_contributions(values[own], ref=np.full(values.shape[1], 1 + MARGIN))
+        order += [keys[own[i]] for i in np.argsort(-added, kind="stable")]
+    return order + beyond
