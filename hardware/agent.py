@@ -7,6 +7,7 @@ import datetime
 import hashlib
 import io
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from ..core.errors import InputError, MissingDependencyError
+from ..core.errors import CandidateError, DeviceLostError, InputError, MissingDependencyError
 from ..core.lane import pause_point
 from ..core.registry import backend
 from ..core.types import Artifact, Capabilities, Measurement, Method, Provenance, Task
@@ -43,6 +44,7 @@ class AgentBackend:
         repeats, budget, limit, spread, attempts: as for `CpuBackend`.
         ssh: the command that runs another on a board; port, host and command are added.
         python: how the board calls its Python, such as "~/venv/bin/python".
+        pauses: seconds before each further try to reach a board that has gone away.
     """
 
     address: str = ""
@@ -54,6 +56,7 @@ class AgentBackend:
     attempts: int = 3
     ssh: tuple[str, ...] = SSH
     python: str = "python3"
+    pauses: tuple[float, ...] = (1.0, 2.0, 4.0)
 
     @property
     def name(self) -> str:
@@ -67,7 +70,7 @@ class AgentBackend:
             "accuracy is computed on the board too",
             "energy: unknown without a power meter",
         )
-        return Capabilities((32, 16, 8), METRICS, "all", notes)
+        return Capabilities((32, 16, 8), METRICS, "all", notes, method=Method.MEASURED)
 
     @property
     def predicts_on(self) -> str:
@@ -89,8 +92,10 @@ class AgentBackend:
                 "arm/agent needs the name of a board: arm/agent:user@host (over ssh), "
                 f"or arm/agent:tcp://host:{PORT} (its server; token in ${TOKEN})"
             )
+        key = (os.getpid(), self)
         try:
-            self._talk(lambda board: None)
+            if key not in _OPEN:
+                _OPEN[key] = connect(self.name, self.address, self.ssh, self.python)
         except MissingDependencyError as error:
             return str(error)
         return None
@@ -178,19 +183,35 @@ class AgentBackend:
         return figures
 
     def _talk(self, say: Callable[[Connection], T]) -> T:
-        """Say something to the board; a connection that broke is made anew, once."""
-        key = (os.getpid(), self)
-        for fresh in (False, True):
-            if key not in _OPEN:
-                _OPEN[key] = connect(self.name, self.address, self.ssh, self.python)
-                fresh = True
+        """Say something to the board; where the connection breaks, say it once more on a new one.
+
+        Raises:
+            CandidateError: the connection broke both times, and yet the board answers: it does not survive the request.
+            DeviceLostError: the board can't be reached any more.
+        """
+        key, broke = (os.getpid(), self), ""
+        for _ in range(2):
             try:
-                return say(_OPEN[key])
+                return say(self._connection())
             except WireError as error:
+                broke = str(error)
                 _OPEN.pop(key).close()
-                if fresh:
-                    raise MissingDependencyError(f"{self.name}: lost the board: {error}") from error
-        raise AssertionError("unreachable")
+        self._connection()
+        raise CandidateError(f"{self.name}: the board broke off twice over this: {broke}")
+
+    def _connection(self) -> Connection:
+        """The open connection, or a new one; a board that does not answer is tried again for a while."""
+        key = (os.getpid(), self)
+        for pause in (*self.pauses, None):
+            if key in _OPEN:
+                break
+            try:
+                _OPEN[key] = connect(self.name, self.address, self.ssh, self.python)
+            except (InputError, MissingDependencyError) as error:
+                if pause is None:
+                    raise DeviceLostError(f"the board was lost: {error}") from error
+                time.sleep(pause)
+        return _OPEN[key]
 
 
 def state_flags(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ...]:

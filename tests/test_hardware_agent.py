@@ -14,15 +14,16 @@ import sys
 import threading
 import time
 import venv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from autocompress import Quantize, Task
-from autocompress.core.errors import CandidateError, InputError, MissingDependencyError
-from autocompress.core.types import Artifact, Candidate, Method
+from autocompress.core.errors import CandidateError, DeviceLostError, InputError
+from autocompress.core.registry import BACKENDS, backend
+from autocompress.core.types import Artifact, Candidate, Evaluation, Method, State
 from autocompress.evaluators.objectives import parse_objectives
 from autocompress.evaluators.pipeline import Evaluator
 from autocompress.hardware.agent import AgentBackend, state_flags
@@ -32,7 +33,14 @@ from autocompress.hardware.board_state import board_name, board_state, fastest_c
 from autocompress.hardware.board_wire import proof
 from autocompress.hardware.targets import find_backend, make_backend
 from autocompress.hardware.x86 import CpuBackend
+from autocompress.search.config import make_config
+from autocompress.search.engine import Progress
+from autocompress.search.executors import InlineExecutor
+from autocompress.search.run import Silent, resume_search, start_search
+from autocompress.studies.study import Study
 from autocompress.tasks.data import normalise
+
+RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 TOKEN = "a secret of the tests"
 SHELL = ("sh", "-c", 'exec sh -c "$2"')  # runs what ssh would run on a board: after "--" and the host
@@ -247,17 +255,127 @@ def test_strangers_may_send_little(server: str) -> None:
 
 
 @pytest.mark.usefixtures("token")
-def test_a_lost_server_is_told_and_found_again(tmp_path: Path, files: tuple[Artifact, Artifact]) -> None:
+def test_a_lost_server_is_told_and_found_again(
+    digits_task: Task, tmp_path: Path, files: tuple[Artifact, Artifact]
+) -> None:
     process, address = start_server(tmp_path)
-    backend = AgentBackend(f"tcp://{address}", threads=1)
+    backend = AgentBackend(f"tcp://{address}", threads=1, pauses=(0.1,))
     images = np.zeros((2, 1, 8, 8), np.float32)
     expected = backend.predict(files[0], images)
     process.kill()
     process.wait()
-    with pytest.raises(MissingDependencyError, match=r"no server answers there \(Connection refused\); start it on"):
+    with pytest.raises(DeviceLostError, match=r"no server answers there \(Connection refused\); start it on"):
         backend.predict(files[0], images)
+    executor = InlineExecutor(Evaluator(digits_task, backend, parse_objectives(["latency"], backend), (), tmp_path))
+    executor.submit(Candidate(()))
+    with pytest.raises(DeviceLostError):  # instead of a failed candidate
+        executor.wait(0)
     process, _ = start_server(tmp_path, port=int(address.rpartition(":")[2]))
     np.testing.assert_array_equal(backend.predict(files[0], images), expected)
+    process.kill()
+
+
+class Unplugging(Silent):
+    """Watches a search, and kills the board's server when `after` trials are recorded."""
+
+    def __init__(self, process: subprocess.Popen[str], after: int) -> None:
+        self._process, self._after = process, after
+
+    def changed(self, progress: Progress, evaluation: Evaluation | None) -> None:
+        if progress.trials == self._after:
+            self._process.kill()
+            self._process.wait()
+
+
+@pytest.fixture
+def impatient_target() -> Iterator[str]:
+    """A target for boards that are soon given up."""
+    name = "arm/impatient"
+
+    @backend(name)
+    def make(threads: int = 0, device: str = "") -> AgentBackend:
+        return AgentBackend(device, threads, budget=0.05, spread=9.0, pauses=(0.1, 0.2))
+
+    yield name
+    del BACKENDS._entries[name]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("token")
+def test_a_search_stops_where_its_board_is_lost_and_goes_on_once_it_is_back(
+    tmp_path: Path, impatient_target: str
+) -> None:
+    process, address = start_server(tmp_path)
+    folder = tmp_path / "run"
+    given = {"target": f"{impatient_target}:tcp://{address}", "space": "prune", "executor": "inline", "trials": 4}
+    given |= {"verify_time": 0}
+    config = make_config({**given, "objectives": ["accuracy", "latency"], "finetune_steps": 0, "out": str(folder)}, "")
+    with pytest.raises(DeviceLostError) as caught:
+        start_search(config, watcher=Unplugging(process, after=3))
+    text = str(caught.value)
+    assert len(text.splitlines()) == 1
+    assert f"the board was lost: arm/agent:tcp://{address}: no server answers there (Connection refused)" in text
+    assert text.endswith(f"nothing finished is lost: once it is back, --resume {folder} goes on")
+    before = Study.open(folder).records()
+    assert [record.state for record in before] == [State.COMPLETE] * 3
+    assert (folder / "front.html").is_file()
+
+    process, _ = start_server(tmp_path, port=int(address.rpartition(":")[2]))
+    records = resume_search(folder, config).records()
+    process.kill()
+    assert records[:3] == before
+    assert [record.state for record in records] == [State.COMPLETE] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("token")
+def test_a_search_by_workers_stops_where_its_board_is_lost(tmp_path: Path, run_cli: RunCli) -> None:
+    process, address = start_server(tmp_path)
+    out = tmp_path / "run"
+    timer = threading.Thread(target=_kill_when, args=(process, lambda: _recorded(out) >= 4))
+    timer.start()
+    done = run_cli(
+        "search", "--target", f"arm/agent:tcp://{address}", "--space", "ptq", "--workers", 2, "--trials", 30,
+        "--objectives", "accuracy", "latency", "--finetune-steps", 0, "--out", out,
+    )  # fmt: skip
+    timer.join()
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"error: the board was lost: arm/agent:tcp://{address}: no server answers there")
+    assert line.endswith(f"--resume {out} goes on")
+    found = [record.state for record in Study.open(out).records()]
+    assert found == [State.COMPLETE] * len(found)
+    process, _ = start_server(tmp_path, port=int(address.rpartition(":")[2]))
+    done = run_cli("search", "--resume", out, "--trials", len(found) + 2)
+    process.kill()
+    assert done.returncode == 0, done.stderr
+    assert len(Study.open(out).records()) == len(found) + 2
+
+
+def _recorded(folder: Path) -> int:
+    return len(Study.open(folder).records()) if (folder / "config.yaml").is_file() else 0
+
+
+def _kill_when(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.2)
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.usefixtures("token")
+def test_a_file_that_the_connection_never_survives_fails_alone(
+    tmp_path: Path, files: tuple[Artifact, Artifact]
+) -> None:
+    process, address = start_server(tmp_path)
+    board = AgentBackend(f"tcp://{address}", threads=1, budget=0.05, spread=9.0)
+    huge = tmp_path / "huge.onnx"
+    with huge.open("wb") as file:
+        file.truncate(2**29 + 1)  # more than the board takes behind a message
+    with pytest.raises(CandidateError, match="the board broke off twice over this"):
+        board.predict(Artifact("any", huge, "0" * 64, 2**29 + 1), np.zeros((1, 1, 8, 8), np.float32))
+    assert board.predict(files[0], np.zeros((1, 1, 8, 8), np.float32)).shape == (1, 10)
     process.kill()
 
 
