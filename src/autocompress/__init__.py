@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "run_search": "search.run",
+    "as_objective": "search.adapters",
     "SearchConfig": "search.config",
     "Study": "studies.study",
     "Point": "studies.point",
@@ -89,6 +90,7 @@ if TYPE_CHECKING:
     from .core.types import Split as Split
     from .core.types import Task as Task
     from .evaluators.objectives import Objective as Objective
+    from .search.adapters import as_objective as as_objective
     from .search.config import SearchConfig as SearchConfig
     from .search.run import run_search as run_search
     from .spaces.stock import stock_space as stock_space
