@@ -115,6 +115,9 @@ class LookupBackend:
         interval = None if low is None or high is None else (low, high)
         rows = [table.rows[key] for key in table.as_keys(calls) if key in table.rows]
         samples = min((row.samples for row in rows), default=0)
+        method = table.details.get("method", Method.MEASURED)
+        if method != Method.MEASURED:
+            flags = (*flags, f"table of {method} figures")
         source = Provenance(Method.LOOKED_UP, table.device, table.runtime, table.taken_at, flags)
         return Measurement(name, seconds, "s", interval, samples, source)
 

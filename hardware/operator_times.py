@@ -82,7 +82,7 @@ def operator_times(backend: CpuBackend, artifact: Artifact, task: Task, referenc
         }
         with LANE.exclusive():
             answer = _ask(request, backend.limit)
-    calls, owners = _owners(proto)
+    calls, owners = operators_and_owners(proto)
     executed = answer["nodes"]
     owned = {name: _owner(name, executed, owners) for name in executed}
     rounds = []
@@ -135,7 +135,7 @@ def _ask(request: dict[str, Any], limit: float) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def _owners(proto: onnx.ModelProto) -> tuple[tuple[OperatorCall, ...], dict[str, int]]:
+def operators_and_owners(proto: onnx.ModelProto) -> tuple[tuple[OperatorCall, ...], dict[str, int]]:
     """The operators of a graph, and for the name of each node (that of its first output) the operator it counts for.
 
     Rounding counts for what makes the value; bringing rounded values and weights back, for what takes them.

@@ -37,9 +37,9 @@ from ..compression.quantization import Quantize
 from ..core.codec import plan_key
 from ..core.errors import CandidateError, InputError
 from ..core.types import Artifact, Backend, Measurement, Operator, Plan, Space, Task
-from .device import cpu_fingerprint, provenance
 from .files import read_file
 from .lookup import LookupTable, Row, read_table
+from .operator_files import Alone, check_profiled, source_of, times_alone
 from .operator_times import OperatorTimes, operator_times
 from .operators import OperatorCall, read_operators
 from .x86 import CpuBackend
@@ -154,16 +154,16 @@ def profile_model(
         on_progress: called with the number of files done, of all files, and what was found in the last one.
 
     Raises:
-        InputError: the target has no profiler, or the table is of another target, machine or version.
+        InputError: no table can be made of the target, or the one there is of another target, machine or version.
         CandidateError: the untouched model can't be built or run.
     """
-    if not isinstance(backend, CpuBackend):
-        raise InputError(f"profile: expected the target x86/onnxruntime or x86/openvino, got {backend.name}")
+    check_profiled(backend)
     plans: list[Plan] = [()]
     plans += draw_plans(space, samples, seed) if callable(space) else [plan for plan in space if plan]
-    table = _begin(path, backend, task)
+    alone: Alone = {}
     with _folder(files) as folder:
         reference = build_untrained((), task, backend, folder)
+        table = _begin(path, backend, task, reference)
         for number, plan in enumerate(plans, 1):
             key = plan_key(plan)
             if key in table.details["files"]:
@@ -172,7 +172,7 @@ def profile_model(
                 artifact = build_untrained(plan, task, backend, folder)
                 keys = table.as_keys(read_operators(artifact.path))
                 fresh = [k for k in dict.fromkeys(keys) if k not in table.rows]
-                times = operator_times(backend, artifact, task, reference) if fresh else None
+                times = _times(backend, artifact, task, reference, alone) if fresh else None
             except CandidateError as error:
                 if not plan:
                     raise
@@ -287,12 +287,19 @@ def _held_out(table: LookupTable, calls: Sequence[OperatorCall], found: dict[str
     }
 
 
-def _begin(path: Path, backend: CpuBackend, task: Task) -> LookupTable:
+def _times(backend: Backend, artifact: Artifact, task: Task, reference: Artifact, alone: Alone) -> OperatorTimes:
+    if isinstance(backend, CpuBackend):
+        return operator_times(backend, artifact, task, reference)
+    return times_alone(backend, artifact, task, reference, alone)
+
+
+def _begin(path: Path, backend: Backend, task: Task, reference: Artifact) -> LookupTable:
     """An empty table, or the one at `path` if it can be continued."""
-    source = provenance(f"{backend.runtime} {backend.version}", len(backend.cores))
-    fingerprint = machine_fingerprint(backend)
+    source, fingerprint = source_of(backend, task, reference)
     if not path.is_file():
-        details = {"models": [task.name], "files": {}, "networks": [], "references": []}
+        details = {
+            "models": [task.name], "files": {}, "networks": [], "references": [], "method": str(source.method),
+        }  # fmt: skip
         return LookupTable(
             backend.name, source.device, source.runtime, fingerprint, source.taken_at, {}, details=details
         )
@@ -306,11 +313,6 @@ def _begin(path: Path, backend: CpuBackend, task: Task) -> LookupTable:
         if here != there:
             raise InputError(f"{path} is of another {what} ({there}) than this one ({here}); name a new file")
     return table
-
-
-def machine_fingerprint(backend: CpuBackend) -> str:
-    """Tells machines apart whose latencies are no good for each other."""
-    return f"{cpu_fingerprint()}, {len(backend.cores)} threads"
 
 
 def _with_file(table: LookupTable, key: str, said: str) -> LookupTable:

@@ -139,7 +139,7 @@ def profile(
     threads: Annotated[int, _THREADS] = 0,
     seed: Annotated[int, typer.Option(help="For drawing candidates.")] = 0,
 ) -> None:
-    """Time the operators of a space on a target, for searches on `lookup:TABLE` that need no quiet machine."""
+    """Time the operators of a space on a target that measures or compiles, for searches on `lookup:TABLE`."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -229,6 +229,51 @@ def predict(
     except OSError as error:
         raise InputError(f"--out: '{out}' can't be written: {error.strerror or error}") from error
     typer.echo(f"{out}: {len(found)} architectures, from {int(found['measured'].sum())} measurements")
+
+
+@app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option(help="JSON file; measurements that it has already are not taken again.")],
+    target: Annotated[str, typer.Option(help="What measures, such as arm/agent:pi@kitchen or x86/onnxruntime.")] = "",
+    table: Annotated[
+        Path | None,
+        typer.Option(help="Instead: measurements that are there, CSV of ONNX files: file, seconds or latency_ms."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Designed networks to measure; 12 to 20 are a good number.")] = 12,
+    sources: Annotated[
+        list[str] | None, typer.Option(help="Known devices to start from: pixel3 ..., or files; default: the phones.")
+    ] = None,
+    int8: Annotated[
+        bool | None, typer.Option(help="Whether to measure 8-bit networks, too; default: where they are fast.")
+    ] = None,
+    threads: Annotated[int, _THREADS] = 0,
+    seed: Annotated[int, typer.Option(help="For the pool of networks.")] = 0,
+) -> None:
+    """Measure a few designed networks on a device, and predict all others' latency from then on."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .search.console import prepare
+
+    prepare()
+    from .hardware.calibration import calibrate, calibrate_from_table
+    from .hardware.targets import make_backend
+    from .studies.hardware_report import calibration_lines
+
+    if bool(target) == bool(table):
+        raise InputError("expected either --target, to measure, or --table, with measurements")
+    known = None if sources is None else [name for text in sources for name in text.split(",") if name]
+    if table is not None:
+        found = calibrate_from_table(table, out, sources=known)
+    else:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            bar = progress.add_task("preparing", total=samples)
+            found = calibrate(
+                make_backend(target, threads), out, samples, seed, known, int8,
+                lambda done, total, text: progress.update(bar, completed=done, total=total, description=text),
+            )  # fmt: skip
+    for line in calibration_lines(found, out):
+        typer.echo(line)
 
 
 @app.command()
