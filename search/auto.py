@@ -15,15 +15,15 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from .belief import Belief, Known, Observations, Prior
 from .encoding import Activity, Column, Encoding, row_keys
+from .population import VIOLATIONS
 
-VIOLATIONS = "violations"
 FIDELITY = "fidelity"
 
 START = 20  # spread candidates before the first model
 FAR, NEAR = 400, 400  # random candidates, and variations of the front's, that a proposal is chosen from
 CLIMBS, SUMMITS = 2, 5  # then the best ones' neighbours, and theirs
 LARGE = 2000  # trials from which models cost more than they bring: variations of the front follow
-EXPLORE, EXPLORE_SECONDS = 200, 1.0  # calls of the space, to know its parameters before the first trial
+EXPLORE, EXPLORE_SECONDS = 200, 5.0  # calls of the space, to know its parameters before the first trial
 
 
 class AutoSampler(BaseSampler):
@@ -35,9 +35,10 @@ class AutoSampler(BaseSampler):
     and that the candidate does not fail. Running trials count as if they had come out as expected, so that parallel
     workers spread. No candidate is proposed twice while the space has others.
 
-    Works in any Optuna study. Trials may carry user attributes: "violations" (a number for each constraint, > 0
-    where violated, None unknown) and "fidelity" (share of the full training, in (0, 1]; absent for 1): the latter is an
-    input of the models, and proposals are for full fidelity.
+    Works in any Optuna study, with its constraints (`trial.set_constraint`). Trials may carry user attributes:
+    "violations" (a number for each constraint, > 0 where violated, None unknown) in place of these, and "fidelity"
+    (share of the full training, in (0, 1]; absent for 1), which is an input of the models; proposals are for full
+    fidelity.
 
     Args:
         seed: of all random choices.
@@ -46,7 +47,6 @@ class AutoSampler(BaseSampler):
         known: by objective number, functions that give its values for many candidates' parameters at once, where
             these are cheap to compute; no model is made of them.
         start: trials that are spread over the space before the models take over.
-        constraints_func: as in Optuna's samplers; instead of "violations".
         prior: what earlier studies found, see `belief.Prior`.
     """
 
@@ -57,11 +57,10 @@ class AutoSampler(BaseSampler):
         space: Callable[[Any], Any] | None = None,
         known: Mapping[int, Known] | None = None,
         start: int = START,
-        constraints_func: Callable[[FrozenTrial], Sequence[float]] | None = None,
         prior: Sequence[Prior] = (),
     ) -> None:
         self._rng = np.random.default_rng(seed)
-        self._space, self._start, self._constraints = space, start, constraints_func
+        self.space, self._start = space, start
         self._encoding = Encoding()
         self._explored: list[Mapping[str, Any]] = []
         self._rows: dict[int, np.ndarray] = {}
@@ -75,9 +74,9 @@ class AutoSampler(BaseSampler):
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Every parameter that the space or a trial has shown."""
-        if self._space is not None:
-            self._explore(self._space)
-            self._space = None
+        if self.space is not None:
+            self._explore(self.space)
+            self.space = None
         for other in study.get_trials(deepcopy=False):
             self._learn(other.distributions)
         return {column.name: column.distribution for column in self._encoding.columns}
@@ -108,12 +107,6 @@ class AutoSampler(BaseSampler):
         """A random value, for parameters that no trial has shown yet."""
         column = Column.of(param_name, param_distribution)
         return column.decode(column.draw(1, self._rng)[0])
-
-    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
-        """Store what `constraints_func` says of the trial."""
-        if self._constraints is not None and state is TrialState.COMPLETE:
-            found = [float(value) for value in self._constraints(trial)]
-            study._storage.set_trial_system_attr(trial._trial_id, "constraints", found)
 
     def _explore(self, space: Callable[[Trial], Any]) -> None:
         """Call the space with random choices; a failing call tells nothing, and costs nothing."""
@@ -234,7 +227,7 @@ def _signs(study: Study) -> np.ndarray:
 
 def _violations(trials: Sequence[FrozenTrial]) -> np.ndarray:
     """(trials, constraints), NaN where unknown."""
-    found = [t.user_attrs.get(VIOLATIONS) or t.system_attrs.get("constraints") or () for t in trials]
+    found = [t.user_attrs.get(VIOLATIONS) or list(t.constraints.values()) for t in trials]
     width = max((len(row) for row in found), default=0)
     table = np.full((len(trials), width), np.nan)
     for row, values in zip(table, found, strict=True):

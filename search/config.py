@@ -85,7 +85,7 @@ class SearchConfig(BaseModel):
     sensitivity: bool = False
     bits: list[Format] = []
     finetune_steps: int | None = Field(None, ge=0)
-    sampler: str = "tpe"
+    sampler: str = "auto"
     trials: int = Field(40, ge=1)
     rungs: int = Field(1, ge=1, le=9)
     reduction: int = Field(3, ge=2)

@@ -104,7 +104,10 @@ class Column:
         if not self.levels:
             return numbers
         if self._log:
-            return np.array([self.encode(self.decode(number)) for number in numbers])
+            d, (low, high) = self.distribution, self._range()
+            assert isinstance(d, IntDistribution)  # stepped logarithmic floats do not exist
+            values = np.clip(np.round(np.exp(low + numbers * (high - low))), d.low, d.high)
+            return np.asarray((np.log(values) - low) / ((high - low) or 1.0))
         return np.asarray(np.round(numbers * max(self.levels - 1, 1)) / max(self.levels - 1, 1))
 
     @property
@@ -157,9 +160,7 @@ class Encoding:
         """
         active = ~np.isnan(rows)
         found = np.where(active, rows, self.draw(len(rows), rng))
-        order = rng.random(rows.shape)
-        order[~active] = 2.0
-        order = np.argsort(order, axis=1)
+        order = np.argsort(np.where(active, rng.random(rows.shape), 2.0), axis=1)
         changes = np.minimum(rng.choice([1, 2, 3], size=len(rows), p=[0.7, 0.2, 0.1]), active.sum(1))
         for rank in range(min(3, rows.shape[1])):
             for place, column in enumerate(self.columns):
@@ -175,14 +176,14 @@ class Encoding:
             column = self.columns[place]
             if column.levels and column.levels <= 8:
                 levels = np.arange(column.levels) / (max(column.levels - 1, 1) if column.ordered else 1)
-                others: np.ndarray = levels[np.abs(levels - row[place]) > 1e-9]
+                others = np.asarray(levels[np.abs(levels - row[place]) > 1e-9], dtype=np.float64)
             else:
-                others = column.vary(np.full(6, row[place]), rng)
+                others = np.asarray(column.vary(np.full(6, row[place]), rng), dtype=np.float64)
             block = np.repeat(row[None, :], len(others), axis=0)
             block[:, place] = others
             found.append(block)
         rows = np.concatenate(found) if found else np.empty((0, len(row)))
-        return np.where(np.isnan(rows), self.draw(len(rows), rng), rows) if len(rows) else rows
+        return np.where(np.isnan(rows), self.draw(len(rows), rng), rows) if np.isnan(rows).any() else rows
 
     @property
     def owner(self) -> np.ndarray:

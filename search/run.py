@@ -211,7 +211,11 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
             executor=_make_executor(config, evaluate),
             # Another seed after an interruption: the same one would propose the same candidates again.
             sampler=make_sampler(
-                config.sampler, seed=config.seed + earlier, trials=config.trials, constrained=bool(constraints)
+                config.sampler,
+                seed=config.seed + earlier,
+                trials=config.trials,
+                constrained=bool(constraints),
+                space=space,
             ),
             trials=config.trials,
             seconds=limit,

@@ -10,6 +10,8 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
 from ..core.errors import unknown
+from ..core.types import Space
+from .auto import AutoSampler
 from .evolution import evolution_sampler, local_sampler
 from .grid import ExhaustiveSampler
 from .policy import PolicySampler
@@ -17,7 +19,7 @@ from .population import VIOLATIONS as VIOLATIONS
 
 
 def _constraints(trial: FrozenTrial) -> Sequence[float]:
-    return trial.user_attrs.get(VIOLATIONS, ())
+    return [value for value in trial.user_attrs.get(VIOLATIONS, ()) if value is not None]
 
 
 def _population(trials: int) -> int:
@@ -35,6 +37,10 @@ def _nsga3(seed: int, trials: int, constrained: bool) -> BaseSampler:
     return optuna.samplers.NSGAIIISampler(
         population_size=_population(trials), seed=seed, constraints_func=_constraints if constrained else None
     )
+
+
+def _auto(seed: int, trials: int, constrained: bool) -> AutoSampler:
+    return AutoSampler(seed, start=max(6, min(20, trials // 5)))
 
 
 def _tpe(seed: int, trials: int, constrained: bool) -> BaseSampler:
@@ -80,6 +86,7 @@ def _grid(seed: int, trials: int, constrained: bool) -> BaseSampler:
 
 
 SAMPLERS: dict[str, Callable[[int, int, bool], BaseSampler]] = {
+    "auto": _auto,
     "tpe": _tpe,
     "nsga2": _nsga2,
     "nsga3": _nsga3,
@@ -93,8 +100,11 @@ SAMPLERS: dict[str, Callable[[int, int, bool], BaseSampler]] = {
 ONE_NUMBER = ("rl",)  # samplers that can't do with several objectives
 
 
-def make_sampler(name: str, *, seed: int, trials: int, constrained: bool) -> BaseSampler:
+def make_sampler(name: str, *, seed: int, trials: int, constrained: bool, space: Space | None = None) -> BaseSampler:
     """The sampler called `name`; its population or start-up phase follows the number of trials.
+
+    Args:
+        space: what it will sample; "auto" looks into it beforehand.
 
     Raises:
         InputError: no sampler of that name.
@@ -103,4 +113,7 @@ def make_sampler(name: str, *, seed: int, trials: int, constrained: bool) -> Bas
         raise unknown("sampler", name, SAMPLERS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return SAMPLERS[name](seed, trials, constrained)
+        sampler = SAMPLERS[name](seed, trials, constrained)
+    if isinstance(sampler, AutoSampler):
+        sampler.space = space
+    return sampler

@@ -17,6 +17,8 @@ __version__ = "0.1.0"
 _NAMES = {
     "run_search": "search.run",
     "as_objective": "search.adapters",
+    "AutoSampler": "search.auto",
+    "make_sampler": "search.samplers",
     "SearchConfig": "search.config",
     "Study": "studies.study",
     "Point": "studies.point",
