@@ -53,7 +53,8 @@ class Console:
         self._at_start = len(records)
         self._values = [study.values(r.metrics) for r in records if r.state is State.COMPLETE]
         print_ = self._console.print
-        workers = f"{config.workers} worker{'s' if config.workers > 1 else ''}"
+        named = {1: "1 worker", "auto": "as many workers as come"}
+        workers = named.get(config.workers, f"{config.workers} workers")
         print_(f"[bold]{config.model}[/bold] on {config.data} for {', '.join(config.targets)} → {study.folder}")
         print_(f"{config.trials} trials, {workers}, sampler {config.sampler}, seed {config.seed}")
         if len(records) > 1:
@@ -62,7 +63,8 @@ class Console:
             f"{o.name} {show(o.name, baseline.metrics[o.name].value, o.unit)}" for o in study.objectives
         )
         print_(f"untouched model: {figures}")
-        least = baseline.seconds * max(0, config.trials - len(records)) / config.workers
+        side_by_side = config.trials if config.workers == "auto" else config.workers
+        least = baseline.seconds * max(0, config.trials - len(records)) / side_by_side
         print_(f"cost: at least {_duration(least)} for the trials to come; training comes on top (forecast below)")
         if not task.trained:
             print_("warning: random weights, so accuracy means nothing; --weights loads trained ones", style="yellow")
