@@ -95,7 +95,8 @@ def search(
         int | None, typer.Option(help="Training steps after a cut; default: an epoch, less for big models.")
     ] = None,
     sampler: Annotated[
-        str | None, typer.Option(help="auto, tpe, nsga2, nsga3, gp, evolution, local, rl (needs one number), grid or random.")
+        str | None,
+        typer.Option(help="auto, tpe, nsga2, nsga3, gp, evolution, local, rl (needs one number), grid or random."),
     ] = None,
     trials: Annotated[int | None, typer.Option(help="Candidates to evaluate, baselines included.")] = None,
     rungs: Annotated[
