@@ -16,10 +16,11 @@ from ..core.errors import InputError
 from .population import finite_values, from_unit, to_unit, violation
 
 BINS = 10  # of a continuous parameter, or one of more values than that
-RATE = 0.3  # of learning, for rewards in standard deviations
+RATE = 0.2  # of learning, for rewards in standard deviations
 ENTROPY = 0.01  # weight of the entropy that keeps the policy from settling early
 MEMORY = 0.95  # of the averages that rewards are compared with
 CLIP = 3.0  # standard deviations that one reward may count for
+SUREST = 3.0  # logit, of a policy that must be able to change its mind: of five values one gets at most 98 %
 FAILED = -1.0  # advantage of trials that failed or break a constraint
 EXPLORE = 0.03  # share of values that are drawn evenly
 # After so many trials in a row that repeat earlier ones the policy is this much flatter: it has nothing new to say.
@@ -108,6 +109,7 @@ class PolicySampler(BaseSampler):
             logs = np.log(np.maximum(shares, 1e-12))
             entropy = -shares * (logs - shares @ logs)
             logits += RATE * (advantage * (chosen - shares) + ENTROPY * entropy)
+            logits[:] = np.clip(logits - logits.mean(), -SUREST, SUREST)
 
     def _advantage(self, trial: FrozenTrial, sign: float) -> float:
         """The reward above its moving average, in moving standard deviations."""

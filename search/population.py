@@ -23,7 +23,7 @@ Choices = Mapping[str, Any]
 def violation(trial: FrozenTrial) -> float:
     """How far a trial is beyond its constraints, all of them added up; 0 for feasible ones."""
     found = trial.user_attrs.get(VIOLATIONS) or getattr(trial, "constraints", {}).values()
-    return sum(max(0.0, value) for value in found)
+    return sum(max(0.0, value) for value in found if value is not None)
 
 
 def finished(study: Study) -> list[FrozenTrial]:

@@ -173,6 +173,21 @@ def test_the_policy_learns_from_failures_and_violations_too() -> None:
     assert sampler.probabilities("arm")["good"] > 0.8
 
 
+def test_a_policy_that_is_sure_still_finds_new_candidates() -> None:
+    study = study_of(PolicySampler(seed=0), "maximize")
+    seen: set[str] = set()
+    longest = repeats = 0
+    while len(seen) < 150 and repeats < 200:
+        trial = study.ask()
+        letters = genome(trial)
+        study.tell(trial, letters.count("a"))
+        repeats = repeats + 1 if letters in seen else 0
+        longest = max(longest, repeats)
+        seen.add(letters)
+    assert "aaaaaa" in seen
+    assert longest < 50
+
+
 def test_the_policy_wants_one_number() -> None:
     study = study_of(PolicySampler(seed=0), "minimize", "minimize")
     with pytest.raises(ac.InputError, match="one number"):
