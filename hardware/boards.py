@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 TABLE = Path(__file__).parent / "tables" / "boards.json"
+CALIBRATED = ("arm", "x86", "gpu")  # families of which devices are calibrated: FAMILY/board:FILE
 SHIPPED = ("pixel3", "samsung_a50", "samsung_s7", "essential_ph_1")
 
 
@@ -34,8 +35,8 @@ class Board:
 
     Attributes:
         device: such as "Google Pixel 3".
-        errors: of held-out networks: "mape" and "coverage" as shares of 1, "spearman", "repeat_noise"; what is not
-            known is left out.
+        errors: of held-out networks: "mape" and "coverage" (of 95 % intervals) as shares of 1, "spearman",
+            "repeat_noise"; what is not known is left out.
         source: where the measurements come from.
     """
 
@@ -58,6 +59,7 @@ def encode_board(board: Board) -> dict[str, Any]:
         "spread": _short(model.spread),
         "samples": model.samples,
         "int8": model.int8,
+        "block": model.block,
         "seen": {**dataclasses.asdict(model.seen), "columns": {k: _short(v) for k, v in model.seen.columns.items()}},
         "covariance": triangle,
     }
@@ -84,6 +86,7 @@ def decode_board(entry: Mapping[str, Any], where: str) -> Board:
             int(entry["samples"]),
             Seen(**entry["seen"]),
             bool(entry["int8"]),
+            int(entry.get("block", 1)),
         )
         return Board(str(entry["device"]), model, dict(entry["held_out"]), str(entry["source"]))
     except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -226,22 +229,26 @@ def _stated(errors: Mapping[str, Any]) -> str:
         parts.append(f"mean error {errors['mape']:.0%}")
     if "spearman" in errors:
         parts.append(f"rank correlation {errors['spearman']:.2f}")
+    if "coverage" in errors:
+        parts.append(f"{errors['coverage']:.0%} in their intervals")
     if "repeat_noise" in errors:
         parts.append(f"their own noise {errors['repeat_noise']:.0%}")
     return f" (held-out networks: {', '.join(parts)})" if parts else ""
 
 
-@backend("arm/board")
-def board_backend(threads: int = 0, device: str = "") -> BoardBackend:
-    """A board by its calibration file, `arm/board:PATH.json`."""
-    if not device:
-        hint = "arm/board needs the file of a calibrated board, as in arm/board:PATH.json"
-        return BoardBackend("arm/board", None, threads, hint)
-    path = Path(device)
-    entry = read_json(path)
-    if not entry.get("latency_model"):
-        raise InputError(f"{path}: expected a finished calibration, which has a latency_model; calibrate on")
-    return BoardBackend(f"arm/board:{device}", decode_board(entry["latency_model"], str(path)), threads)
+def _register_calibrated(family: str) -> None:
+    @backend(f"{family}/board")
+    def board_backend(threads: int = 0, device: str = "") -> BoardBackend:
+        """A device by its calibration file, such as `arm/board:PATH.json`."""
+        name = f"{family}/board"
+        if not device:
+            hint = f"{name} needs a file, as in {name}:PATH.json; make one by `autocompress hardware calibrate`"
+            return BoardBackend(name, None, threads, hint)
+        path = Path(device)
+        entry = read_json(path)
+        if not entry.get("latency_model"):
+            raise InputError(f"{path}: expected a finished calibration, which has a latency_model; calibrate on")
+        return BoardBackend(f"{name}:{device}", decode_board(entry["latency_model"], str(path)), threads)
 
 
 def _register(name: str) -> None:
@@ -251,5 +258,7 @@ def _register(name: str) -> None:
         return BoardBackend(f"arm/{name}", read_boards()[name], threads)
 
 
+for _family in CALIBRATED:
+    _register_calibrated(_family)
 for _name in SHIPPED:
     _register(_name)

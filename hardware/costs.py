@@ -43,13 +43,14 @@ def is_int8(call: OperatorCall) -> bool:
     return call.kind in LAYER_KINDS and call.weight_bits <= 8 and call.activation_bits <= 8
 
 
-def call_features(networks: Iterable[Sequence[OperatorCall]], int8: bool = False) -> np.ndarray:
+def call_features(networks: Iterable[Sequence[OperatorCall]], int8: bool = False, block: int = 1) -> np.ndarray:
     """Calls, multiply-accumulates and bytes of each kind of operator, (networks, len(COLUMNS)).
 
     Bytes are those of inputs, outputs and stored weights.
 
     Args:
         int8: whether 8-bit layers have columns of their own; otherwise they count as if in float32.
+        block: kernels of convolutions compute so many output channels at once, hence as many for the last few.
     """
     rows = []
     for calls in networks:
@@ -64,9 +65,16 @@ def call_features(networks: Iterable[Sequence[OperatorCall]], int8: bool = False
             if call.op_type not in _FREE:
                 row[f"{kind}.bytes"] += _bytes(call, narrow)
             if f"{kind}.macs" in row:
-                row[f"{kind}.macs"] += call.macs
+                row[f"{kind}.macs"] += call.macs * _filled(call, block)
         rows.append([row[name] for name in COLUMNS])
     return np.array(rows, float).reshape(-1, len(COLUMNS))
+
+
+def _filled(call: OperatorCall, block: int) -> float:
+    """How many times its multiply-accumulates a layer takes in kernels for whole blocks of channels."""
+    if call.kind not in ("conv", "depthwise"):
+        return 1.0
+    return math.ceil(call.channels / block) * block / call.channels
 
 
 def _bytes(call: OperatorCall, narrow: bool) -> float:
@@ -147,6 +155,7 @@ class LatencyModel:
         samples: how many networks it was fitted to.
         seen: what these were made of.
         int8: whether some of these had 8-bit layers.
+        block: output channels that its convolutions are computed in, as in `call_features`.
     """
 
     log_costs: np.ndarray
@@ -155,10 +164,11 @@ class LatencyModel:
     samples: int
     seen: Seen
     int8: bool = False
+    block: int = 1
 
     def features(self, networks: Iterable[Sequence[OperatorCall]]) -> np.ndarray:
         """What `predict` takes, (networks, len(COLUMNS))."""
-        return call_features(networks, self.int8)
+        return call_features(networks, self.int8, self.block)
 
     def shares(self, networks: Iterable[Sequence[OperatorCall]]) -> np.ndarray:
         """The share of each cost in each network's latency, (networks, len(COLUMNS))."""

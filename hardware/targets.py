@@ -17,7 +17,7 @@ from . import x86 as _x86  # noqa: F401
 from . import xla_tpu as _xla_tpu  # noqa: F401
 
 # Names that stand for no device until one is named behind a colon.
-NEED_A_DEVICE = ("arm/agent", "arm/board", "lookup")
+NEED_A_DEVICE = ("arm/agent", "arm/board", "x86/board", "gpu/board", "lookup")
 
 
 def find_backend(target: str, threads: int = 0) -> Backend:

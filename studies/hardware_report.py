@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from ..core.types import Measurement
 from ..evaluators.units import scale, show
+from ..hardware.boards import CALIBRATED
+from ..hardware.calibration import Calibration
 from ..hardware.compare import Compared
 from .rows import metrics_as_json
 
@@ -73,3 +76,23 @@ def compare_as_json(rows: Sequence[Compared]) -> list[dict[str, Any]]:
         }
         for row in rows
     ]
+
+
+def calibration_lines(found: Calibration, path: Path) -> list[str]:
+    """What a finished calibration is worth, and how to use it."""
+    board = found.board
+    if board is None:
+        return [f"{path}: {len(found.measured)} of {found.samples} networks are measured; calibrate on"]
+    errors, doubted = board.errors, sum(bool(one.flags) for one in found.measured)
+    family = found.target.partition("/")[0]
+    lines = [
+        f"{path}: {board.device}, {len(found.measured)} networks, {found.runtime}",
+        f"each predicted from the others: mean error {errors['mape']:.0%}, rank correlation {errors['spearman']:.2f}, "
+        f"{errors['coverage']:.0%} within their 95 % intervals",
+        f"Use it with: --target {family if family in CALIBRATED else CALIBRATED[0]}/board:{path}",
+    ]
+    if doubted:
+        lines.insert(
+            2, f"{doubted} measurements are doubtful (busy machine, wide intervals); on a quiet one, start anew"
+        )
+    return lines
