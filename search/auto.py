@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
+from threadpoolctl import ThreadpoolController
 
 from .belief import Belief, Known, Observations, Prior
 from .encoding import Activity, Column, Encoding, row_keys
@@ -87,7 +89,11 @@ class AutoSampler(BaseSampler):
         """The proposal; parameters that turn out to be inactive in it are left out."""
         if not search_space:
             return {}
-        trials = [t for t in study.get_trials(deepcopy=False) if t.params and t.number != trial.number]
+        with _threads().limit(limits=1):  # matrices are small, and the cores belong to the candidates
+            return self._sample(study, [t for t in study.get_trials(deepcopy=False) if t.number != trial.number])
+
+    def _sample(self, study: Study, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
+        trials = [t for t in trials if t.params]
         seen = {key for t in trials for key in row_keys(self._row(t)[None, :])}
         seen_rows = self._matrix(trials)
         activity = self._active(seen_rows)
@@ -219,6 +225,11 @@ class AutoSampler(BaseSampler):
             if len(unseen):
                 return np.asarray(unseen[0])
         return np.asarray(rows[0])
+
+
+@functools.cache
+def _threads() -> ThreadpoolController:
+    return ThreadpoolController()  # looks through all loaded libraries: once is enough
 
 
 def _signs(study: Study) -> np.ndarray:

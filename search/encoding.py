@@ -93,22 +93,37 @@ class Column:
         if self.levels and self.levels <= MANY:
             width = np.maximum(width, 1.0 / (self.levels - 1))
         step = rng.normal(size=count) * width
-        if self.levels and self.levels <= MANY:  # at least one step
-            least = 1.0 / (self.levels - 1)
-            step = np.sign(step) * np.maximum(np.abs(step), least)
         moved = numbers + step
         moved = np.where((moved < 0) | (moved > 1), numbers - step, moved)  # turn round at the ends
-        return self._snap(np.clip(moved, 0.0, 1.0))
+        moved = self._snap(np.clip(moved, 0.0, 1.0))
+        if not self.levels:
+            return moved
+        old, new = self._index(numbers), self._index(moved)
+        beside = np.where(step > 0, old + 1, old - 1)
+        beside = np.where((beside < 0) | (beside >= self.levels), 2 * old - beside, beside)
+        return self._place(np.where(new == old, beside, new))
 
     def _snap(self, numbers: np.ndarray) -> np.ndarray:
-        if not self.levels:
-            return numbers
+        """The nearest numbers that stand for a value."""
+        return self._place(self._index(numbers)) if self.levels else numbers
+
+    def _index(self, numbers: np.ndarray) -> np.ndarray:
+        """Which of the levels, from 0."""
         if self._log:
             d, (low, high) = self.distribution, self._range()
-            assert isinstance(d, IntDistribution)  # stepped logarithmic floats do not exist
-            values = np.clip(np.round(np.exp(low + numbers * (high - low))), d.low, d.high)
-            return np.asarray((np.log(values) - low) / ((high - low) or 1.0))
-        return np.asarray(np.round(numbers * max(self.levels - 1, 1)) / max(self.levels - 1, 1))
+            assert isinstance(
+                d, IntDistribution
+            )  # Optuna has no logarithmic floats in steps, nor integers in other than 1
+            numbers = (np.exp(low + numbers * (high - low)) - d.low) / max(d.high - d.low, 1)
+        return np.round(np.clip(numbers, 0.0, 1.0) * (self.levels - 1)).astype(int)
+
+    def _place(self, index: np.ndarray) -> np.ndarray:
+        """The numbers of levels."""
+        if self._log:
+            d, (low, high) = self.distribution, self._range()
+            assert isinstance(d, IntDistribution)
+            return np.asarray((np.log(d.low + index) - low) / ((high - low) or 1.0))
+        return np.asarray(index / max(self.levels - 1, 1))
 
     @property
     def _log(self) -> bool:
