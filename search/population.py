@@ -13,6 +13,8 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from ..studies.study import FIDELITY
+
 VIOLATIONS = "violations"  # user attribute: one number per constraint, above 0 where it is violated
 ALL_OTHERS = 9  # parameters with at most so many values have all others as neighbours
 STEP = 0.15  # of a parameter's range: standard deviation of a change where there are more
@@ -27,9 +29,14 @@ def violation(trial: FrozenTrial) -> float:
 
 
 def finished(study: Study) -> list[FrozenTrial]:
-    """Trials with values and parameters, in the order in which they ended."""
+    """Trials with values and parameters, in the order in which they ended.
+
+    Of a candidate that was trained further (see `rungs.Ladder`) only the last.
+    """
     done = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if t.params]
-    return sorted(done, key=lambda t: (t.datetime_complete or datetime.datetime.min, t.number))
+    done.sort(key=lambda t: (t.datetime_complete or datetime.datetime.min, t.number))
+    last = {tuple(sorted(t.params.items())): t.number for t in done}
+    return [t for t in done if FIDELITY not in t.user_attrs or last[tuple(sorted(t.params.items()))] == t.number]
 
 
 def losses(study: Study, trials: Sequence[FrozenTrial]) -> np.ndarray:

@@ -18,7 +18,7 @@ import autocompress as ac
 from autocompress.search.evolution import Evolution, LocalSearch
 from autocompress.search.grid import ExhaustiveSampler
 from autocompress.search.policy import PolicySampler
-from autocompress.search.population import ProposalSampler, ranks
+from autocompress.search.population import ProposalSampler, finished, ranks
 from autocompress.search.samplers import VIOLATIONS, make_sampler
 
 OWN = ("evolution", "local", "rl", "grid")
@@ -44,14 +44,16 @@ def genome(trial: optuna.Trial) -> str:
     return "".join(trial.suggest_categorical(name, ALLELES) for name in GENES)
 
 
-def add(study: optuna.Study, letters: str, *values: float, violations: tuple[float, ...] = ()) -> None:
+def add(
+    study: optuna.Study, letters: str, *values: float, violations: tuple[float, ...] = (), **attributes: Any
+) -> None:
     """A finished trial with these genes."""
     study.add_trial(
         optuna.trial.create_trial(
             params=dict(zip(GENES, letters, strict=True)),
             distributions={name: CategoricalDistribution(ALLELES) for name in GENES},
             values=list(values),
-            user_attrs={VIOLATIONS: list(violations)},
+            user_attrs={VIOLATIONS: list(violations), **attributes},
         )
     )
 
@@ -123,6 +125,14 @@ def test_trials_rank_by_the_fronts_before_them_and_by_their_violations() -> None
     ):
         add(study, letters, *values, violations=(beyond,))
     assert ranks(study, study.trials).tolist() == [0, 0, 1, 3, 2]
+
+
+def test_a_candidate_that_was_trained_further_counts_once() -> None:
+    study = study_of(ProposalSampler(LocalSearch(starts=2), seed=0))
+    add(study, "aaaaaa", 5.0, fidelity=0.1)
+    add(study, "bbbbbb", 9.0, fidelity=0.1)
+    add(study, "aaaaaa", 7.0)
+    assert [trial.value for trial in finished(study)] == [9.0, 7.0]
 
 
 def test_local_search_tries_every_neighbour_of_the_front_once_before_it_goes_further() -> None:
