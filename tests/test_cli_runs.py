@@ -102,7 +102,8 @@ def test_front_as_json_has_exactly_the_documented_fields(small_run: Path, cli: C
     points = json.loads(cli("front", small_run, "--format", "json"))
     assert len(points) >= 3
     for point in points:
-        assert set(point) == {"trial", "plan", "split", "metrics", "baseline", "on_front"}
+        standing = {"on_front", "no_better_than", "verified", "change"}
+        assert set(point) == {"trial", "plan", "split", "metrics", "baseline", *standing}
         assert isinstance(point["trial"], int)
         assert isinstance(point["baseline"], bool)
         assert isinstance(point["on_front"], bool)
@@ -205,8 +206,12 @@ def test_no_trial_beats_a_front_point_on_the_search_split(small_run: Path) -> No
         any((other <= row).all() and (other < row).any() for number, other in enumerate(values) if number != position)
         for position, row in enumerate(values)
     ]
-    front = {point.trial for point in Study.open(small_run).front() if point.on_front}
-    assert front == {int(row["trial"]) for row, is_beaten in zip(table, beaten, strict=True) if not is_beaten}
+    unbeaten = {int(row["trial"]) for row, is_beaten in zip(table, beaten, strict=True) if not is_beaten}
+    points = Study.open(small_run).front()
+    front = {point.trial for point in points if point.on_front}
+    assert front
+    assert front | {point.trial for point in points if point.no_better_than is not None} == unbeaten
+    assert {point.no_better_than for point in points} - {None} <= front
 
 
 def test_a_small_search_finds_a_model_that_is_smaller_and_as_good(small_run: Path) -> None:
