@@ -37,6 +37,8 @@ def join_ray(address: str | None, cores: float) -> bool:
         # Ray listens on every interface: only this search, which knows the token, may talk to it.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # Workers that ask for no GPU still see those of this machine: the target may be one.
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
     if ray.is_initialized():

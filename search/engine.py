@@ -22,6 +22,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from ..core.codec import check_plan, decode_plan, plan_key
 from ..core.errors import InputError
 from ..core.types import Candidate, Evaluation, Measurement, Plan, Space, State
+from ..studies.claims import piece_of
 from ..studies.study import FIDELITY, Study, read_record
 from .executors import Executor
 from .rungs import Ladder
@@ -99,7 +100,11 @@ class Engine:
         self._climbing: set[str] = set()
         self._ladder = Ladder(directions, self.rungs, self.reduction)
         self._names = {plan_key(plan): name for name, plan in self.baselines.items()}
-        for trial in self.study.stored():
+        self._claims = self.study.claims()
+        self._elsewhere: dict[str, list[Trial]] = {}  # proposals that another search in the study evaluates
+        stored = self.study.stored()
+        self._heard = len(stored)
+        for trial in stored:
             self._remember(trial)
 
     def run(self) -> Progress:
@@ -111,6 +116,7 @@ class Engine:
             while True:
                 late = self.seconds is not None and time.monotonic() - started > self.seconds
                 idle = False
+                self._hear()
                 while not late and self.executor.room():
                     candidate = self._promoted()
                     if candidate is None and not exhausted and self._wanted() > 0:
@@ -135,6 +141,8 @@ class Engine:
             self.progress.ended = "interrupted"
         finally:
             self.executor.close()
+            if self._claims is not None:
+                self._claims.close()
         return self.progress
 
     def record(self, evaluation: Evaluation, params: Mapping[str, BaseDistribution] | None = None) -> Evaluation:
@@ -166,6 +174,8 @@ class Engine:
     def _promoted(self, last_call: bool = False) -> Candidate | None:
         """The candidate that has earned more training, if any."""
         candidate = self._ladder.next(last_call)
+        while candidate is not None and not self._claim(candidate):
+            candidate = self._ladder.next(last_call)
         if candidate is not None:
             self._climbing.add(candidate.key)
         return candidate
@@ -173,7 +183,7 @@ class Engine:
     def _proposals(self) -> Any:
         """Yield candidates that are neither known nor running; ends where only repeats come."""
         for plan in self.baselines.values():
-            if plan_key(plan) not in self._known and not self._is_start(plan):
+            if plan_key(plan) not in self._known and not self._is_start(plan) and self._claim(Candidate(plan)):
                 self._pending[plan_key(plan)] = [None]
                 yield Candidate(plan)
         for params in getattr(self.space, "starts", []):
@@ -201,9 +211,13 @@ class Engine:
                 self._pending[candidate.key].append(trial)
                 self.progress.repeats += 1
                 in_a_row += 1
+            elif not self._claim(candidate):
+                self._elsewhere.setdefault(candidate.key, []).append(trial)
+                self.progress.repeats += 1
+                in_a_row += 1
             else:
                 in_a_row = 0
-                self._pending[candidate.key] = [trial]
+                self._pending[candidate.key] = [*self._elsewhere.pop(candidate.key, []), trial]
                 yield candidate
 
     def _is_start(self, plan: Plan) -> bool:
@@ -227,7 +241,28 @@ class Engine:
             for trial in trials:
                 if trial is not None:
                     self._tell(trial, self._known[key])
+        if self._claims is not None:
+            self._claims.drop(piece_of(evaluation.candidate))
         self._show(evaluation)
+
+    def _claim(self, candidate: Candidate) -> bool:
+        """Whether the candidate is this search's to evaluate; always, where no other writes into the study."""
+        return self._claims is None or self._claims.take(piece_of(candidate))
+
+    def _hear(self) -> None:
+        """Take in what other searches have found in the study meanwhile."""
+        if self._claims is None:
+            return
+        self._claims.beat()
+        stored = self.study.stored()
+        for trial in stored[self._heard :]:
+            entry = trial.user_attrs.get("evaluation", {})
+            known = self._known.get(entry.get("key", ""))
+            if known is None or known.fidelity < entry.get("fidelity", 1.0):
+                self._remember(trial)
+                for waiting in self._elsewhere.pop(entry["key"], []):
+                    self._tell(waiting, self._known[entry["key"]])
+        self._heard = len(stored)
 
     def _record_broken(self, trial: Trial, error: Exception) -> None:
         from ..evaluators.pipeline import describe_error
@@ -299,7 +334,8 @@ class Engine:
         return len(self._pending) + len(self._climbing)
 
     def _wanted(self) -> int:
-        return self.trials - self.progress.trials - len(self._pending)
+        elsewhere = self._claims.elsewhere() if self._claims is not None else 0
+        return self.trials - self.progress.trials - len(self._pending) - elsewhere
 
     def _count(self, state: State) -> None:
         self.progress.trials += 1

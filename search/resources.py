@@ -36,7 +36,8 @@ class Resources:
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of Ray's `options`."""
-        asked: dict[str, Any] = {"num_cpus": self.cpu, "num_gpus": self.gpu, "resources": dict(self.other)}
+        asked: dict[str, Any] = {"num_cpus": self.cpu, "resources": dict(self.other)}
+        asked |= {"num_gpus": self.gpu} if self.gpu else {}
         return asked | ({"memory": self.memory} if self.memory else {})
 
     def count(self, has: Mapping[str, float]) -> int:

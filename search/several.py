@@ -87,7 +87,8 @@ def scalar_of(config: SearchConfig) -> Scalar | None:
 
 
 def _database(config: SearchConfig, folder: Path, directions: list[str], names: Sequence[str]) -> Database:
-    return Database(config.storage or sqlite_url(folder), directions, names, config.study)
+    url = config.storage or sqlite_url(folder)
+    return Database(url, directions, names, config.study, shared=config.storage is not None)
 
 
 def shared_capabilities(backends: Sequence[Backend]) -> Capabilities:

@@ -31,6 +31,7 @@ from ..evaluators.objectives import (
     parse_constraint,
 )
 from ..evaluators.scalar import Scalar, parse_scalar
+from .claims import Claims, piece_of
 from .front import Results
 from .noise import merge
 from .pareto import hypervolume
@@ -124,6 +125,11 @@ class Study:
         parts = {target: cls.open(path / part_folder(target)) for target in targets} if len(targets) > 1 else {}
         return cls(path, [find_objective(name) for name in names], Database(url, study=study), parts, limits, scalar)
 
+    def claims(self) -> Claims | None:
+        """The register of who evaluates what, where other searches may write into this study; None where none can."""
+        study = self._database.study
+        return Claims(study._storage, study._study_id) if self._database.shared else None
+
     @property
     def storage(self) -> BaseStorage:
         """Optuna's storage, for its dashboard and visualisations."""
@@ -173,6 +179,7 @@ class Study:
             },
             system_attrs={"constraints": violations} if values is not None and violations else {},
             seconds=evaluation.seconds,
+            piece=piece_of(evaluation.candidate),
         )
 
     def holds(self, candidate: Candidate) -> bool:
