@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -80,10 +81,18 @@ def call_cli(
 
 @pytest.fixture(scope="session")
 def small_run(run_cli: RunCli, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished search over seven digits models; read only, copy it to change it."""
-    folder = tmp_path_factory.mktemp("runs") / "small"
-    done = run_cli("search", "--trials", 7, "--executor", "inline", "--finetune-steps", 30, "--out", folder)
-    assert done.returncode == 0, done.stderr
+    """The folder of a finished search over seven digits models; read only, copy it to change it.
+
+    Processes that run tests side by side share it: the first one searches, the others wait.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "small_run"
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "front.html").is_file():  # written last
+            settings = ("--trials", 7, "--executor", "inline", "--finetune-steps", 30, "--verify-time", 0)
+            done = run_cli("search", *settings, "--out", folder)
+            assert done.returncode == 0, done.stderr
     return folder
 
 

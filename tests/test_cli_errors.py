@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 QUICK = ("--executor", "inline", "--trials", "2")
+UNTIMED = ("--target", "arm/pixel3")  # predicts its figures
 
 
 @dataclass
@@ -117,14 +118,14 @@ def test_a_wrong_flag_is_one_clear_line_and_exit_code_2(cli: Cli, arguments: lis
     ],
 )
 def test_constraints_that_no_model_can_keep_are_refused(cli: Cli, constraints: list[str]) -> None:
-    line = cli.refuses_search("--constraints", *constraints)
+    line = cli.refuses_search(*UNTIMED, "--constraints", *constraints)
     assert "impossible" in line or "contradict" in line
     assert all(text in line for text in constraints)
 
 
 def test_a_refused_search_leaves_its_folder_free_for_the_right_one(cli: Cli) -> None:
-    cli.refuses_search("--constraints", "accuracy>=+20pt")
-    assert "holds a run already" not in cli.refuses_search("--constraints", "accuracy>=+30pt")
+    cli.refuses_search(*UNTIMED, "--constraints", "accuracy>=+20pt")
+    assert "holds a run already" not in cli.refuses_search(*UNTIMED, "--constraints", "accuracy>=+30pt")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from autocompress.compression.graph import find_layers, fold_batchnorm
 from autocompress.core.types import Capabilities
 from autocompress.tasks.data import example_input, normalise
 
-RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
+CallCli = Callable[..., tuple[int, str, str]]
 
 TARGET = Capabilities((32, 8), ("latency",))
 
@@ -142,11 +141,14 @@ def test_images_are_needed(digits_task: Task) -> None:
         sensitivity(digits_task, images=0)
 
 
-def test_the_command_prints_a_table_and_writes_a_page(run_cli: RunCli, tmp_path: Path) -> None:
-    done = run_cli("analyze", "digits-cnn", "--images", 200, "--out", tmp_path / "analysis")
-    assert done.returncode == 0, done.stderr
-    assert "conv3" in done.stdout
-    assert "prune 50%" in done.stdout
+def test_the_command_prints_a_table_and_writes_a_page(
+    call_cli: CallCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, err = call_cli("analyze", "digits-cnn", "--images", 200, "--out", "analysis")
+    assert code == 0, err
+    assert "conv3" in out
+    assert "prune 50%" in out
     stored = json.loads((tmp_path / "analysis" / "analysis.json").read_text())
     assert [layer["name"] for layer in stored["layers"]] == ["conv1", "conv2", "conv3", "fc"]
     page = (tmp_path / "analysis" / "analysis.html").read_text()
@@ -161,8 +163,8 @@ def test_the_command_prints_a_table_and_writes_a_page(run_cli: RunCli, tmp_path:
         (("digits-cnn", "--rounding", "16"), "--rounding must lie in 2..8, not 16"),
     ],
 )
-def test_wrong_input_is_one_line(run_cli: RunCli, arguments: tuple[str, ...], message: str) -> None:
-    done = run_cli("analyze", *arguments)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {message}")
-    assert done.stderr.count("\n") == 1
+def test_wrong_input_is_one_line(call_cli: CallCli, arguments: tuple[str, ...], message: str) -> None:
+    code, _, err = call_cli("analyze", *arguments)
+    assert code == 2
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1

@@ -375,7 +375,14 @@ def test_trained_weights_fit_what_prepare_makes(request: pytest.FixtureRequest, 
 
 
 @pytest.mark.parametrize(
-    ("name", "bits"), [("resnet", 32), ("resnet", 8), ("digits_task", 32), ("mlp", 8), ("tokens", 32)]
+    ("name", "bits"),
+    [
+        ("resnet", 32),
+        pytest.param("resnet", 8, marks=pytest.mark.slow),
+        ("digits_task", 32),
+        ("mlp", 8),
+        ("tokens", 32),
+    ],
 )
 def test_the_file_computes_what_pytorch_computes(
     request: pytest.FixtureRequest, tmp_path: Path, name: str, bits: int

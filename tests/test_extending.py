@@ -90,6 +90,7 @@ def study(tmp_path_factory: pytest.TempPathFactory, digits_task: ac.Task) -> ac.
         trials=6,
         executor="inline",
         finetune_steps=1,
+        verify_time=0,
         out=tmp_path_factory.mktemp("extended") / "run",
     )
 
@@ -258,7 +259,8 @@ def test_the_command_line_searches_with_installed_extensions(run_cli: Callable[.
     assert "thirdparty/onnx" in run_cli("doctor", env=env).stdout
     done = run_cli(
         "search", "--space", "thirdparty-space", "--target", "thirdparty/onnx", "--objectives", "accuracy", "letters",
-        "--trials", "3", "--finetune-steps", "0", "--executor", "inline", "--out", tmp_path / "run", env=env,
+        "--trials", "2", "--finetune-steps", "0", "--executor", "inline", "--verify-time", "0",
+        "--out", tmp_path / "run", env=env,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     table = run_cli("front", tmp_path / "run", "--format", "csv", env=env).stdout

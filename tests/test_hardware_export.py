@@ -37,6 +37,15 @@ RUNTIMES = ("onnxruntime", "openvino")
 COMPUTING = ("Conv", "Gemm", "MatMul")
 LAYERS = ("conv1", "conv2", "conv3", "fc")
 MODELS = ("digits-cnn", "resnet20", "torchvision:mobilenet_v3_small")
+KINDS = ("fp32", "16", "int8")
+# Of the large model, one file in floating point and one in 8 bits are made by default, the others with the slow tests.
+FILES = [
+    pytest.param(name, kind, runtime, marks=[pytest.mark.slow] * large)
+    for name in MODELS
+    for kind in KINDS
+    for runtime in RUNTIMES
+    for large in [name == MODELS[2] and (kind == "16" or (kind, runtime) == ("int8", "onnxruntime"))]
+]
 
 
 @dataclass(frozen=True)
@@ -137,9 +146,7 @@ def node_of(layer: str, built: Built, proto: onnx.ModelProto) -> onnx.NodeProto:
     raise AssertionError(f"no node of the file has the weights of {layer}")
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("kind", ["fp32", "16", "int8"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "kind", "runtime"), FILES)
 def test_a_file_computes_what_pytorch_computes(build: Build, name: str, kind: str, runtime: str) -> None:
     built = build(name, kind, runtime)
     got = CpuBackend(runtime).predict(built.artifact, built.images(64))
@@ -193,10 +200,9 @@ def test_an_artifact_describes_its_file(build: Build) -> None:
     assert artifact.runtime == "x86/openvino"
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("name", MODELS)
-def test_the_nodes_that_round_have_the_operators_own_scales(build: Build, name: str, runtime: str) -> None:
-    built = build(name, "int8", runtime)
+@pytest.mark.parametrize(("name", "kind", "runtime"), [file for file in FILES if "int8" in file.values])
+def test_the_nodes_that_round_have_the_operators_own_scales(build: Build, name: str, kind: str, runtime: str) -> None:
+    built = build(name, kind, runtime)
     proto = onnx.load(str(built.artifact.path))
     stored, made_by = initializers(proto), makers(proto)
     entries = quantized_layers(built.model)

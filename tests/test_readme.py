@@ -1,4 +1,4 @@
-"""Every snippet of the README runs as it stands there."""
+"""Every snippet of the README runs: searches with fewer trials, and with the slow tests as they stand there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,28 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
-@pytest.mark.parametrize("code", snippets("python"), ids=["plan", "run", "space"])
+def smaller(line: str) -> list[str]:
+    """A command; of a search few trials, no second look at doubts, and no Ray unless it asks for workers."""
+    words = shlex.split(line)
+    if words[1] != "search":
+        return words
+    executor = [] if "--workers" in words else ["--executor", "inline"]
+    return [*words, *executor, "--trials", "4", "--finetune-steps", "20", "--verify-time", "0"]
+
+
+PYTHON = dict(zip(("run", "space", "plan"), snippets("python"), strict=True))
+
+
+@pytest.mark.parametrize("code", PYTHON.values(), ids=PYTHON)
 def test_python_snippet_runs(code: str, tmp_path: Path) -> None:
-    run([sys.executable, "-c", code], tmp_path)
+    run([sys.executable, "-c", code.replace("trials=6", "trials=4, finetune_steps=20, verify_time=0")], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["run", "space"])
+def test_python_snippet_runs_as_it_stands(name: str, tmp_path: Path) -> None:
+    assert "trials=6" in PYTHON[name]
+    run([sys.executable, "-c", PYTHON[name]], tmp_path)
 
 
 def test_command_snippet_of_the_analysis_runs(tmp_path: Path) -> None:
@@ -44,10 +64,11 @@ def test_command_snippet_of_the_targets_runs(tmp_path: Path) -> None:
     assert all(kind in compared for kind in ("measured", "simulated", "predicted"))
 
 
-def test_command_snippet_of_your_own_model_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [smaller, pytest.param(shlex.split, marks=pytest.mark.slow)])
+def test_command_snippet_of_your_own_model_runs(command: Callable[[str], list[str]], tmp_path: Path) -> None:
     (block,) = (block for block in snippets("bash") if "runs/small" in block)
     for line in block.strip().splitlines():
-        run(shlex.split(line), tmp_path)
+        run(command(line), tmp_path)
 
 
 @pytest.mark.slow
@@ -57,17 +78,20 @@ def test_command_snippet_of_the_main_job_runs_with_a_smaller_budget(tmp_path: Pa
         pytest.skip("needs CIFAR-10 in ../shared/data or $AUTOCOMPRESS_DATA")
     (block,) = (block for block in snippets("bash") if "cifar10" in block)
     for line in block.strip().splitlines():
-        smaller = ["--trials", "3", "--finetune-steps", "2"] if " search " in line else []
+        few = ["--trials", "3", "--finetune-steps", "2"] if " search " in line else []
         os.environ["AUTOCOMPRESS_DATA"] = str(data)
-        run([*shlex.split(line), *smaller], tmp_path)
+        run([*shlex.split(line), *few], tmp_path)
 
 
-def test_make_demo_ends_in_a_front_that_beats_the_untouched_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [smaller, pytest.param(shlex.split, marks=pytest.mark.slow)])
+def test_make_demo_ends_in_a_front_that_beats_the_untouched_model(
+    words: Callable[[str], list[str]], tmp_path: Path
+) -> None:
     plan = subprocess.run(
         ["make", "--dry-run", "--always-make", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     command = plan[plan.index("autocompress search") :].replace("\\\n", " ").splitlines()[0]
-    out = run(shlex.split(command.replace("runs/demo", str(tmp_path / "demo"))), tmp_path).stdout
+    out = run(words(command.replace("runs/demo", str(tmp_path / "demo"))), tmp_path).stdout
     assert "Pareto front" in out
 
     from autocompress.studies.study import Study

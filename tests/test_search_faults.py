@@ -24,7 +24,8 @@ from autocompress.search.samplers import make_sampler
 from autocompress.studies.storage import Database, sqlite_url
 from autocompress.studies.study import Study
 
-QUICK = ("--finetune-steps", "20", "--executor", "inline", "--out", "run")
+QUICK = ("--finetune-steps", "20", "--executor", "inline", "--verify-time", "0", "--out", "run")
+UNTIMED = ("--target", "arm/pixel3", *QUICK)  # predicts its figures
 SEARCH = [sys.executable, "-m", "autocompress", "search"]
 
 
@@ -61,7 +62,7 @@ def check_whole(folder: Path, trials: int) -> None:
 
 def test_a_killed_driver_loses_nothing_and_resume_keeps_the_budget(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    driver = start_search("--trials", "9", *QUICK, cwd=tmp_path)
+    driver = start_search("--trials", "9", *UNTIMED, cwd=tmp_path)
     wait_until(lambda: recorded(out) >= 4, 120)
     os.killpg(driver.pid, signal.SIGKILL)
     driver.communicate()
@@ -88,7 +89,7 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
 
 
 def test_two_searches_can_not_share_a_run_folder(tmp_path: Path) -> None:
-    driver = start_search("--trials", "50", *QUICK, cwd=tmp_path)
+    driver = start_search("--trials", "50", *UNTIMED, cwd=tmp_path)
     try:
         wait_until(lambda: recorded(tmp_path / "run") >= 1, 120)
         second = subprocess.run([*SEARCH, "--resume", "run"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
@@ -162,7 +163,7 @@ def test_workers_that_hang_die_or_run_out_of_memory_become_recorded_failures(tmp
 
 @pytest.mark.slow
 def test_a_ray_worker_killed_from_outside_costs_no_trial(tmp_path: Path) -> None:
-    arguments = ("--trials", "10", "--workers", "2", "--finetune-steps", "200", "--out", "run")
+    arguments = ("--trials", "10", "--workers", "2", "--finetune-steps", "200", "--verify-time", "0", "--out", "run")
     driver = start_search(*arguments, cwd=tmp_path)
 
     def workers() -> list[psutil.Process]:
