@@ -446,6 +446,7 @@ def own_study(tmp_path_factory: pytest.TempPathFactory) -> ac.Study:
         out=tmp_path_factory.mktemp("own") / "run",
         executor="inline",
         finetune_steps=2,
+        verify_time=0,
         threads=1,
     )
 
