@@ -97,12 +97,14 @@ def _write_bench(emitted: Emitted, shape: Sequence[int], seed: int) -> None:
 
 def _write_report(path: Path, emitted: Emitted, found: Sequence[Compared]) -> None:
     rows = "\n".join(f"| {figure} |" for row in found for figure in _figures(row))
+    flags = dict.fromkeys(flag for row in found for m in row.measurements.values() for flag in m.provenance.flags)
+    doubts = f"\nTo doubt: {'; '.join(flags)}.\n" if flags else ""
     (emitted.folder / "report.md").write_text(
         f"# {path.name} on {found[0].target}\n\n"
         f"{emitted.cycles} clock cycles from the first word of an image to the last of its result; an image every "
         f"{emitted.interval} cycles.\n\n"
         "The top module is `accelerator` in `accelerator.sv`. `simulate.sh` runs `bench.sv` (apt install iverilog).\n\n"
-        f"| figure | value | from | to | kind | of |\n| --- | --- | --- | --- | --- | --- |\n{rows}\n"
+        f"| figure | value | from | to | kind | of |\n| --- | --- | --- | --- | --- | --- |\n{rows}\n{doubts}"
     )
 
 

@@ -289,7 +289,9 @@ def emit(
     """Write a network's circuit for an FPGA: SystemVerilog, memory files, a test bench and a report."""
     from .hardware.fpga_report import emit_file
 
-    _show(emit_file(file, target, out, place_and_route), f"{file} as a circuit in {out}", as_json)
+    _show(emit_file(file, target, out, place_and_route), f"{file} as a circuit", as_json)
+    if not as_json:
+        typer.echo(f"{out}: accelerator.sv and what it needs, simulate.sh, report.md")
 
 
 @app.command()
