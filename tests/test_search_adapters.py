@@ -37,6 +37,7 @@ def objective(digits_task: ac.Task, tmp_path_factory: pytest.TempPathFactory) ->
     return as_objective(
         digits_task,
         space=Widths(),
+        target="arm/pixel3",  # predicts its figures
         objectives=["accuracy", "size"],
         constraints=["size<=40%"],
         out=tmp_path_factory.mktemp("adapters") / "run",
@@ -74,7 +75,7 @@ def test_any_optuna_study_optimises_it(objective: TrialObjective, optimised: opt
     assert "nowhere" in missing.user_attrs["reason"]
     assert broken.user_attrs["reason"].startswith("the space failed: KeyError")
     assert again.values == int8.values
-    assert int8.user_attrs["metrics"]["latency"]["kind"] == "measured"
+    assert int8.user_attrs["metrics"]["latency"]["kind"] == "predicted"
 
 
 def test_constraints_are_passed_on(objective: TrialObjective, optimised: optuna.Study) -> None:
@@ -154,8 +155,8 @@ def test_ray_tune_searches_the_conditional_space(
 
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     objective = as_objective(
-        "digits-cnn", "digits", "quantize", objectives=["accuracy", "size"], constraints=["size<=40%"],
-        scalarize=scalarize, out=tmp_path / "run", verify_time=0,
+        "digits-cnn", "digits", "quantize", target="arm/pixel3", objectives=["accuracy", "size"],
+        constraints=["size<=40%"], scalarize=scalarize, out=tmp_path / "run", verify_time=0,
     )  # fmt: skip
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, _node_ip_address=LOOPBACK)
     try:
