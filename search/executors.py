@@ -236,7 +236,9 @@ class RayExecutor:
         return found
 
 
-def make_ray_executor(config: SearchConfig, evaluate: Callable[[Candidate], Any]) -> RayExecutor:
+def make_ray_executor(
+    config: SearchConfig, evaluate: Callable[[Candidate], Any], receive: Callable[[Any], Evaluation] | None = None
+) -> RayExecutor:
     """The executor that the settings ask for."""
     resources = parse_resources(config.resources) if config.resources else None
     growing = config.workers == "auto" and config.address is not None
@@ -246,7 +248,7 @@ def make_ray_executor(config: SearchConfig, evaluate: Callable[[Candidate], Any]
         workers = config.trials
     else:
         workers = max(1, int(len(os.sched_getaffinity(0)) / (resources or Resources()).cpu))
-    return RayExecutor(evaluate, workers, config.trial_timeout, config.address, resources, growing)
+    return RayExecutor(evaluate, workers, config.trial_timeout, config.address, resources, growing, receive)
 
 
 def _is_node_lost(error: Exception) -> bool:

@@ -20,7 +20,7 @@ class Cleaner:
     """Deletes the files of trials that others beat: they can never be on the front again."""
 
     def __init__(self, study: Study, baselines: Mapping[str, Plan]) -> None:
-        self._study = study
+        self.study = study
         self._kept = {plan_key(plan) for plan in baselines.values()}
         records = study.records()
         best = study.front_trials(records)
@@ -35,13 +35,13 @@ class Cleaner:
             if evaluation.candidate.key not in self._kept:
                 _remove(evaluation.artifact)
             return
-        values = self._study.values(evaluation.measurements)
+        values = self.study.values(evaluation.measurements)
         if evaluation.candidate.key in self._kept:
             self._base.append(values)
         else:
             self._front.append((values, evaluation.artifact))
         rows = [*self._base, *(row for row, _ in self._front)]
-        best = nondominated(rows, self._study.directions)[len(self._base) :]
+        best = nondominated(rows, self.study.directions)[len(self._base) :]
         for (_, artifact), keep in zip(self._front, best, strict=True):
             if not keep and artifact is not None:
                 _remove(artifact)

@@ -7,7 +7,7 @@ optimises what they have in common (the worst of the targets' accuracies counts)
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,7 +109,7 @@ def shared_capabilities(backends: Sequence[Backend]) -> Capabilities:
 
 def joint_evaluator(
     parts: Sequence[Part], capabilities: Capabilities, study: Study
-) -> Callable[[Candidate], Evaluation]:
+) -> Evaluator | SeveralTargets:
     """What evaluates candidates; with several targets it has the untouched model's results recorded already."""
     if len(parts) == 1:
         return parts[0].evaluator
