@@ -6,6 +6,7 @@ What they find is recorded in a run folder as in a search of our own, so that it
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -38,12 +39,13 @@ from .folder import Cleaner, only_driver
 from .run import Silent, _as_task, _check_space, _name_of, _with_baseline, make_space
 from .samplers import VIOLATIONS
 from .several import Part, joint_evaluator, joint_study, make_parts, scalar_of, shared_capabilities
+from .transfer import fingerprint, save_fingerprint
 from .verify import measure_front
 
 if TYPE_CHECKING:
     import torch
 
-OURS = ("rungs", "reduction", "sampler", "trials", "time", "workers", "resources", "executor", "address")
+OURS = ("rungs", "reduction", "sampler", "warm_start", "trials", "time", "workers", "resources", "executor", "address")
 
 
 @dataclass
@@ -171,6 +173,7 @@ class TrialObjective:
             measure_front(part.evaluator, part.study, Silent(), self._verify_time)
         for found in [*self.study.parts.values(), self.study]:
             write_reports(found)
+        shutil.rmtree(self.study.folder / "cache", ignore_errors=True)  # trained weights; nobody will share them now
         self._held.close()
         return self.study
 
@@ -257,9 +260,12 @@ def as_objective(
         untouched = Evaluation(
             Candidate(()), record.state, record.metrics, record.reason, record.violations, record.artifact
         )
+        own = fingerprint(task)
         for part in parts if study.parts else []:
             save_config(part.config, part.study.folder)
+            save_fingerprint(own, part.study.folder)
         save_config(config, folder)
+        save_fingerprint(own, folder)
         return TrialObjective(
             made, evaluate, untouched, study, limits, scalar, config.trial_timeout, parts, config.verify_time, held
         )

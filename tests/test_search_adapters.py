@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +153,6 @@ def test_ray_tune_searches_the_conditional_space(
     tune = pytest.importorskip("ray.tune")
     import ray
 
-    from autocompress.search.executors import LOOPBACK
     from autocompress.search.tune import record_results, tune_search, tune_trainable
 
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
@@ -158,7 +160,7 @@ def test_ray_tune_searches_the_conditional_space(
         "digits-cnn", "digits", "quantize", target="arm/pixel3", objectives=["accuracy", "size"],
         constraints=["size<=40%"], scalarize=scalarize, out=tmp_path / "run", verify_time=0,
     )  # fmt: skip
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, _node_ip_address=LOOPBACK)
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.2")
     try:
         tuner = tune.Tuner(
             tune_trainable(objective),
@@ -180,3 +182,15 @@ def test_ray_tune_searches_the_conditional_space(
     study = objective.finish()
     assert 1 < len(study.records()) <= 5
     assert study.best(size="<=40%").metrics["size"].value < first["size"] / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1], ids=["optuna", "tune"])
+def test_the_snippets_of_the_guide_run_as_they_stand(number: int, tmp_path: Path) -> None:
+    pytest.importorskip("ray.tune")
+    guide = (Path(__file__).parents[1] / "docs" / "platforms.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)[number]
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    assert len(Study.open(run).records()) > 1

@@ -15,11 +15,17 @@ from optuna.distributions import CategoricalDistribution
 from optuna.samplers import BaseSampler
 
 import autocompress as ac
+from autocompress.core.registry import OBJECTIVES
+from autocompress.core.types import Method, Provenance, State
+from autocompress.search.engine import Engine
 from autocompress.search.evolution import Evolution, LocalSearch
+from autocompress.search.executors import InlineExecutor
 from autocompress.search.grid import ExhaustiveSampler
 from autocompress.search.policy import PolicySampler
 from autocompress.search.population import ProposalSampler, finished, ranks
 from autocompress.search.samplers import VIOLATIONS, make_sampler
+from autocompress.studies.storage import Database, sqlite_url
+from autocompress.studies.study import Study
 
 OWN = ("evolution", "local", "rl", "grid")
 GENES = [f"g{place}" for place in range(6)]
@@ -228,6 +234,29 @@ def test_the_grid_goes_on_where_another_left_off_and_around_what_is_running(tmp_
     for _ in range(23):
         conditional(second.ask())
     assert len({tuple(sorted(trial.params.items())) for trial in second.trials}) == 35
+
+
+def test_a_search_by_grid_ends_with_the_space(tmp_path: Path) -> None:
+    def space(trial: Any) -> ac.Plan:
+        cut = trial.suggest_categorical("cut", [0.0, 0.25, 0.5])
+        plan: ac.Plan = (ac.Prune(cut),) if cut else ()
+        return (*plan, ac.Quantize(trial.suggest_categorical("bits", [8, 4]))) if cut < 0.5 else plan
+
+    def evaluate(candidate: ac.Candidate) -> ac.Evaluation:
+        source = Provenance(Method.SIMULATED, "test", "test", "2026-01-01T00:00:00+00:00")
+        size = ac.Measurement("size", len(candidate.plan), "B", None, 1, source)
+        return ac.Evaluation(candidate, State.COMPLETE, {"size": size})
+
+    database = Database(sqlite_url(tmp_path), ["minimize"], ["size"])
+    progress = Engine(
+        space=space,
+        study=Study(tmp_path, [OBJECTIVES.get("size")], database),
+        executor=InlineExecutor(evaluate),
+        sampler=make_sampler("grid", seed=0, trials=50, constrained=False),
+        trials=50,
+    ).run()
+    assert (progress.ended, progress.trials) == ("space exhausted", 5)
+    assert len({tuple(sorted(trial.params.items())) for trial in database.trials()}) == 5
 
 
 def test_the_grid_refuses_a_continuous_parameter_and_says_what_to_do() -> None:
