@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError
-from ..core.types import Measurement
+from ..core.types import Measurement, State
 from ..evaluators.objectives import alongside
 from ..evaluators.units import scale, show_measurement
 from .cross import cross_as_csv, cross_as_json, crossings
@@ -191,6 +191,10 @@ def _notes(study: Study, points: Sequence[Point]) -> list[str]:
         notes.append(f"noise: also that the untouched model's latency varied by {varied:.1%} between measurements")
     if any(point.on_front and point.verified is False for point in points):
         notes.append("not verified: not on the front of the test split; --verified says why")
+    stopped = [record.fidelity for record in study.records() if record.state is State.STOPPED]
+    if stopped:
+        spread = " to ".join(f"{share:.0%}" for share in sorted({min(stopped), max(stopped)}))
+        notes.append(f"{len(stopped)} others stopped after {spread} of their training (trials.csv)")
     return notes
 
 
