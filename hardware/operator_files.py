@@ -150,7 +150,8 @@ def _alone(
     outside = [value for value in used if value not in made and value not in stored]
     elsewhere = {value for node in proto.graph.node if node not in nodes for value in node.input}
     elsewhere |= {entry.name for entry in proto.graph.output}
-    ends = [value for node in nodes for value in node.output if value in elsewhere]
+    # One output: a value that is taken as it is and rounded too would be two.
+    ends = [value for node in nodes for value in node.output if value in elsewhere][-1:]
     shapes = {value: _sizes(types, value) for value in (*outside, *ends)}
     unknown = [value for value, shape in shapes.items() if shape is None]
     if unknown or not outside or not ends:
