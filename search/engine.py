@@ -134,9 +134,8 @@ class Engine:
                 for evaluation in self.executor.wait(0.5):
                     self._finish(evaluation)
                 self._show(None)
-            self.progress.ended = (
-                "space exhausted" if exhausted else "time is up" if late and self._wanted() else "done"
-            )
+            more = (self._wanted() > 0 and not exhausted) or self._ladder.next(last_call=True) is not None
+            self.progress.ended = "time is up" if late and more else "space exhausted" if exhausted else "done"
         except KeyboardInterrupt:
             self.progress.ended = "interrupted"
         finally:
