@@ -21,7 +21,7 @@ REFIT = 1.15  # growth in observations after which length scales are fitted anew
 BAD_TAIL = 2.0  # values further behind the median than twice the best is ahead of it are all the same: bad
 SPANS = 2.0  # ratio of largest to smallest from which a positive objective is modelled by its logarithm
 PRIOR_TRIALS = 3  # how many of its own trials a study must have to outweigh what earlier ones suggest
-FRONT = 60  # front points that improvement is computed over, beyond two objectives
+FRONT = {1: 1000, 2: 1000, 3: 60, 4: 30}  # front points that improvement is computed over, by objectives; 12 for more
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ class Belief:
 
     def __init__(self, known: Mapping[int, Known], priors: Sequence[Prior], rng: np.random.Generator) -> None:
         self.rng = rng
-        self._known, self._priors = known, priors
+        self.priors = tuple(priors)
+        self._known = known
         self._fitted: dict[str, tuple[int, Hyperparameters]] = {}
         self._earlier: dict[tuple[int, int, bool], _Quantity] = {}
         self._shares: dict[int, tuple[list[_Quantity], np.ndarray]] = {}
@@ -116,12 +117,12 @@ class Belief:
     @property
     def informed(self) -> bool:
         """Whether earlier studies stand behind it."""
-        return bool(self._priors)
+        return bool(self.priors)
 
     def first_rows(self, encoding: Encoding, sign: np.ndarray) -> np.ndarray:
         """The fronts of the earlier studies."""
         found = [np.empty((0, len(encoding.columns)))]
-        for prior in self._priors:
+        for prior in self.priors:
             values = prior.values * sign
             shared = ~np.isnan(values).all(axis=0)
             if shared.any():
@@ -168,8 +169,9 @@ class Belief:
         worst, best = everything.max(axis=0), everything.min(axis=0)
         reference = worst + 1e-3 * np.maximum(worst - best, 1e-9 * np.maximum(np.abs(worst), 1.0))
         front = nondominated_rows(points) if len(points) else points
-        if objectives > 2 and len(front) > FRONT:
-            front = front[np.sort(self.rng.permutation(len(front))[:FRONT])]
+        most = FRONT.get(objectives, 12)
+        if len(front) > most:
+            front = front[np.sort(self.rng.permutation(len(front))[:most])]
         lower, upper = free_boxes(front, reference)
 
         def worth(rows: np.ndarray) -> np.ndarray:
@@ -203,7 +205,7 @@ class Belief:
     ) -> _Quantity:
         """A model of one objective, or of what earlier studies leave of it; `believed` points count as observed."""
         values = _transformed(seen.values[chosen, objective], log)
-        if self._priors and believed is None:
+        if self.priors and believed is None:
             self._weigh(seen, objective, chosen, values, log)
         points = _points(seen, seen.rows[chosen], seen.fidelity[chosen])
         values = values - self._expected(seen, objective, seen.rows[chosen])
@@ -261,7 +263,7 @@ class Belief:
     def _weigh(self, seen: Observations, objective: int, chosen: np.ndarray, values: np.ndarray, log: bool) -> None:
         """How much of each earlier study's pattern this study's trials show: ridge regression towards all of it."""
         models = []
-        for number, prior in enumerate(self._priors):
+        for number, prior in enumerate(self.priors):
             key = number, objective, log
             if key not in self._earlier or self._earlier[key].columns != len(seen.encoding.columns):
                 found = self._earlier_model(seen, prior, objective, log)

@@ -10,12 +10,10 @@ from scipy.special import ndtr
 
 def nondominated_rows(values: np.ndarray) -> np.ndarray:
     """The distinct rows of (n, objectives) that no other row beats, sorted by the first objective."""
-    rows = np.unique(values, axis=0)  # sorted: whatever beats a row stands before it
-    kept: list[np.ndarray] = []
-    for row in rows:
-        if not kept or not np.any(np.all(np.asarray(kept) <= row, axis=1)):
-            kept.append(row)
-    return np.asarray(kept).reshape(-1, values.shape[1])
+    import moocore
+
+    rows = np.unique(values, axis=0)
+    return np.asarray(rows[moocore.is_nondominated(rows)])
 
 
 def free_boxes(front: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -30,6 +28,9 @@ def free_boxes(front: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np
         return np.full((1, 1), -np.inf), top.reshape(1, 1)
     front = front[np.argsort(front[:, -1], kind="stable")]
     edges = np.concatenate([[-np.inf], front[:, -1], reference[-1:]])
+    if len(reference) == 2:  # a staircase: the later, the better in the first objective
+        steps = np.concatenate([reference[:1], front[:, 0]])
+        return np.column_stack([np.full(len(steps), -np.inf), edges[:-1]]), np.column_stack([steps, edges[1:]])
     lowers, uppers = [], []
     for passed in range(len(front) + 1):
         low, high = edges[passed], edges[passed + 1]
