@@ -78,7 +78,12 @@ class Travelling:
         evaluation = evaluate(candidate)
         if self.store is not None:
             self._keep(keys, root / "cache", before)
-        return Parcel(evaluation, root, {} if home else _pack(evaluation, root))
+        if home:
+            return Parcel(evaluation, root, {})
+        files = _pack(evaluation, root)
+        for name in files.keys() - self.files.keys():
+            (root / name).unlink()
+        return Parcel(evaluation, root, files)
 
     def _scratch(self) -> Path:
         """The folder that stands in for the run folder on this machine."""

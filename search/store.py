@@ -12,6 +12,8 @@ from typing import Any
 from ..core.codec import digest
 from ..core.errors import InputError, MissingDependencyError
 
+OBJECTS = {"s3", "gs", "gcs", "abfs", "az"}
+
 
 @dataclass(frozen=True)
 class Store:
@@ -50,8 +52,8 @@ class Store:
         """Store a file; who reads meanwhile sees the old one or the new one."""
         files, root = self._files()
         to = f"{root}/{name}"
-        files.makedirs(to.rpartition("/")[0], exist_ok=True)
-        if "file" in (files.protocol if isinstance(files.protocol, tuple) else (files.protocol,)):
+        _make_folder(files, to.rpartition("/")[0])
+        if "file" in _protocols(files):
             part = f"{to}.{uuid.uuid4().hex}.part"
             files.put_file(str(path), part)
             os.replace(part, to)
@@ -73,6 +75,16 @@ class Store:
         return files, root.rstrip("/")
 
 
+def _protocols(files: Any) -> set[str]:
+    return {files.protocol} if isinstance(files.protocol, str) else set(files.protocol)
+
+
+def _make_folder(files: Any, path: str) -> None:
+    """Make a folder where there is such a thing; object storage would make a bucket instead, of a mistyped name."""
+    if not _protocols(files) & OBJECTS:
+        files.makedirs(path, exist_ok=True)
+
+
 def open_store(url: str, made_from: Mapping[str, str]) -> Store:
     """The store below `url` for what is made from one model and data; tried by writing to it.
 
@@ -89,7 +101,7 @@ def open_store(url: str, made_from: Mapping[str, str]) -> Store:
     probe = f"probe-{uuid.uuid4().hex}"
     try:
         files, root = store._files()
-        files.makedirs(root, exist_ok=True)
+        _make_folder(files, root)
         files.pipe_file(f"{root}/{probe}", b"autocompress")
         store.drop(probe)
     except ImportError as error:

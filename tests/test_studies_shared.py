@@ -202,9 +202,11 @@ def test_a_missing_driver_is_named() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("url", ["journal", "postgresql"], indirect=True)
 def test_two_searches_share_a_study_and_its_budget(url: str, tmp_path: Path) -> None:
     def start(out: str) -> subprocess.Popen[str]:
-        asked = ["--trials", "14", "--storage", url, "--study", "both", "--out", str(tmp_path / out), "--seed", "3"]
+        asked = ["--trials", "8", "--storage", url, "--study", "both", "--out", str(tmp_path / out), "--seed", "3"]
         return subprocess.Popen([*SEARCH, *asked], stderr=subprocess.PIPE, text=True)
 
     searches = [start("one"), start("two")]
@@ -212,9 +214,9 @@ def test_two_searches_share_a_study_and_its_budget(url: str, tmp_path: Path) -> 
     assert [search.returncode for search in searches] == [0, 0], told
     study = Study.open(tmp_path / "one")
     records = study.records()
-    assert len(records) == 14
-    assert [record.trial for record in records] == list(range(14))
-    assert len({record.key for record in records}) == 14
+    assert len(records) == 8
+    assert [record.trial for record in records] == list(range(8))
+    assert len({record.key for record in records}) == 8
     files = [
         {path.parent.name for path in (tmp_path / out / "artifacts").glob("*/*")} & {r.key for r in records}
         for out in ("one", "two")
@@ -223,8 +225,9 @@ def test_two_searches_share_a_study_and_its_budget(url: str, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_search_goes_on_where_another_in_its_study_was_killed(postgresql: str, tmp_path: Path) -> None:
-    asked = ["--trials", "12", "--storage", postgresql, "--study", "killed"]
+    asked = ["--trials", "7", "--storage", postgresql, "--study", "killed"]
     first = subprocess.Popen([*SEARCH, *asked, "--out", str(tmp_path / "one")], stdout=subprocess.DEVNULL)
 
     def recorded() -> int:
@@ -233,11 +236,11 @@ def test_a_search_goes_on_where_another_in_its_study_was_killed(postgresql: str,
         except KeyError:
             return 0
 
-    wait_until(lambda: recorded() >= 4, 200)
+    wait_until(lambda: recorded() >= 3, 200)
     first.kill()
     first.wait()
     subprocess.run([*SEARCH, *asked, "--out", str(tmp_path / "two")], check=True, timeout=500)
     records = Study.open(tmp_path / "two").records()
-    assert len(records) == len({record.key for record in records}) == 12
+    assert len(records) == len({record.key for record in records}) == 7
     states = {trial.state for trial in optuna.load_study(study_name="killed", storage=postgresql).trials}
     assert states <= {TrialState.COMPLETE, TrialState.FAIL}
