@@ -6,14 +6,14 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.codec import check_order
 from ..core.errors import AutocompressError, CandidateError, DeviceLostError
 from ..core.lane import LANE
-from ..core.notes import collect_notes
+from ..core.notes import collect_notes, note
 from ..core.types import (
     Artifact,
     Backend,
@@ -30,6 +30,10 @@ from ..core.types import (
 from .adaptive import adapts, expected_again, expected_measurements, is_exit_rate
 from .fidelity import UNTRAINED, Figures, Training, prepared, structure_of
 from .objectives import Built, Constraint, Objective, alongside
+from .reuse import EarlierFile, copy_file, drop_file, known_accuracy, same_graph
+from .widths import is_rounded, widths
+from .widths import lacks_kernels as lacks_kernels
+from .widths import lowest_bits as lowest_bits
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,6 +53,7 @@ class Evaluator:
         folder: run folder; files go to `artifacts/KEY/`, trained weights to `cache/`.
         baseline: measurements and file of the untouched model, for relative limits and interleaving.
         cache: folder of trained weights; None for `cache/` in the run folder.
+        earlier: files that earlier runs on the same model and data made, by the key of the plan.
     """
 
     task: Task
@@ -58,6 +63,7 @@ class Evaluator:
     folder: Path
     baseline: Evaluation | None = None
     cache: Path | None = None
+    earlier: Mapping[str, EarlierFile] = field(default_factory=dict)
 
     def __call__(self, candidate: Candidate) -> Evaluation:
         """Evaluate; failures of the candidate come back as a result with a reason.
@@ -102,20 +108,21 @@ class Evaluator:
         reason = self._violated(found) or self._violated({"size": bound}, early="at least ")
         if reason:
             return Evaluation(candidate, State.INFEASIBLE, found, reason, self._violations(found))
-        if first < len(candidate.plan) and self._limits_hardware() and not figures.known():
-            reason, trial = self._too_slow(model, candidate, first)
-            if reason:
-                return Evaluation(
-                    candidate, State.INFEASIBLE, {**found, **trial}, reason, self._violations({**found, **trial})
-                )
-        for position, step in enumerate(candidate.plan[first:], first):
-            model = training(model, candidate.plan[: position + 1]) if step.retrains else step(model, self.task)
-        artifact = self.backend.build(model, self.task, self.folder / "artifacts" / candidate.key)
-        self._size(artifact, found)
-        self._check_parity(model, artifact, candidate.plan, found)
-        found.update(self.accuracy(artifact, candidate.plan, "search"))
-        if self._asks_for("compressed_size"):
-            found["compressed_size"] = compressed_size(model)
+        artifact = self._taken_over(model, candidate, first, found)
+        if artifact is None:
+            if first < len(candidate.plan) and self._limits_hardware() and not figures.known():
+                reason, trial = self._too_slow(model, candidate, first)
+                if reason:
+                    both = {**found, **trial}
+                    return Evaluation(candidate, State.INFEASIBLE, both, reason, self._violations(both))
+            for position, step in enumerate(candidate.plan[first:], first):
+                model = training(model, candidate.plan[: position + 1]) if step.retrains else step(model, self.task)
+            artifact = self.backend.build(model, self.task, self.folder / "artifacts" / candidate.key)
+            self._size(artifact, found)
+            found["parity"] = self._check_parity(model, artifact, candidate.plan)
+            found.update(self.accuracy(artifact, candidate.plan, "search"))
+            if self._asks_for("compressed_size"):
+                found["compressed_size"] = compressed_size(model)
         stays = not training.whole or figures.known()
         structure = structure_of(model, self.task, artifact) if stays else ""
         device = figures.read(structure)
@@ -195,8 +202,12 @@ class Evaluator:
             self.backend.predict(artifact, normalise(self.task.data, part.inputs[start : start + 1024]))
             for start in range(0, len(part), 1024)
         ]
-        method = Method.SIMULATED if lacks_kernels(plan, self.backend.capabilities) else Method.MEASURED
-        return score(np.concatenate(pieces), part.labels, self._predicted(method))
+        return score(np.concatenate(pieces), part.labels, self._source(plan))
+
+    def _source(self, plan: Plan) -> Provenance:
+        """Of a plan's accuracy."""
+        lacking = lacks_kernels(plan, self.backend.capabilities)
+        return self._predicted(Method.SIMULATED if lacking else Method.MEASURED)
 
     def _predicted(self, method: Method) -> Provenance:
         """Where the backend's logits come from: the device that it names, or else this machine."""
@@ -217,7 +228,7 @@ class Evaluator:
         from ..hardware.device import provenance
 
         # Files hold 4, 8, 16 or 32 bits for each weight; a target may round what a plan leaves in floating point.
-        lowest = min(*_widths(plan, "bits"), max(self.backend.capabilities.bits))
+        lowest = min(*widths(plan, "bits"), max(self.backend.capabilities.bits))
         stored = next(size for size in (4, 8, 16, 32) if lowest <= size)
         weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
         return Measurement("size", weights * stored / 8, "B", None, 1, provenance("computed", method=Method.PREDICTED))
@@ -230,21 +241,56 @@ class Evaluator:
 
     def _too_slow(self, model: nn.Module, candidate: Candidate, training: int) -> tuple[str, Mapping[str, Measurement]]:
         """Build and time the candidate before it is trained: its speed does not depend on what it learns."""
+        _, artifact = self._draft(model, candidate, training)
+        try:
+            reference = self.baseline.artifact if self.baseline else None
+            found = {m.name: m for m in self.backend.measure(artifact, self.task, reference)}
+        finally:
+            drop_file(artifact.path)
+        return self._violated(found, early="before training "), found
+
+    def _draft(self, model: nn.Module, candidate: Candidate, training: int) -> tuple[nn.Module, Artifact]:
+        """The candidate without what it would learn from step `training` on, and its file."""
         import copy
 
         draft = copy.deepcopy(model)
         for step in candidate.plan[training:]:
             draft = prepared(step, draft, self.task) if step.retrains else step(draft, self.task)
-        artifact = self.backend.build(draft, self.task, self.folder / "artifacts" / f"{candidate.key}.draft")
-        try:
-            reference = self.baseline.artifact if self.baseline else None
-            found = {m.name: m for m in self.backend.measure(artifact, self.task, reference)}
-        finally:
-            artifact.path.unlink(missing_ok=True)
-            artifact.path.parent.rmdir()
-        return self._violated(found, early="before training "), found
+        return draft, self.backend.build(draft, self.task, self.folder / "artifacts" / f"{candidate.key}.draft")
 
-    def _check_parity(self, model: nn.Module, artifact: Artifact, plan: Plan, found: dict[str, Measurement]) -> None:
+    def _taken_over(
+        self, model: nn.Module, candidate: Candidate, first: int, found: dict[str, Measurement]
+    ) -> Artifact | None:
+        """A copy of the file that an earlier run made of the candidate, and what does not depend on the device."""
+        earlier = self.earlier.get(candidate.key)
+        asked = [name for name in ("compressed_size", "expected_latency", "expected_macs") if self._asks_for(name)]
+        if earlier is None or earlier.adaptive or not all(name in earlier.metrics for name in asked):
+            return None
+        artifact = copy_file(earlier, self.backend.name, self.folder / "artifacts" / candidate.key)
+        if artifact is None:
+            return None
+        if earlier.artifact.runtime != self.backend.name and not self._would_write(artifact, model, candidate, first):
+            drop_file(artifact.path)
+            return None
+        accuracy = known_accuracy(earlier, self._source(candidate.plan))
+        note(f"{earlier.name}; accuracy {'of that run' if accuracy else 'computed anew'}")
+        self._size(artifact, found)
+        found.update(accuracy or self.accuracy(artifact, candidate.plan, "search"))
+        found.update({name: earlier.metrics[name] for name in asked})
+        return artifact
+
+    def _would_write(self, artifact: Artifact, model: nn.Module, candidate: Candidate, first: int) -> bool:
+        """Whether this target's own file would differ in its weights alone, and the target computes it right."""
+        draft, own = self._draft(model, candidate, first)
+        try:
+            self._check_parity(draft, own, candidate.plan)
+            return same_graph(own.path, artifact.path)
+        except CandidateError:
+            return False
+        finally:
+            drop_file(own.path)
+
+    def _check_parity(self, model: nn.Module, artifact: Artifact, plan: Plan) -> Measurement:
         """Compare the runtime's logits with PyTorch's; a file that computes something else is a failure."""
         import torch
 
@@ -256,13 +302,13 @@ class Evaluator:
             expected = model.eval()(torch.from_numpy(images)).numpy()
         error = parity_error(expected, self.backend.predict(artifact, images))
         method = Method.SIMULATED if self.backend.capabilities.emulated else Method.MEASURED
-        found["parity"] = Measurement("parity", error, "", None, len(images), self._predicted(method))
-        limit = FLOAT_PARITY if lowest_bits(plan) == 32 and not _is_rounded(artifact) else ROUNDED_PARITY
+        limit = FLOAT_PARITY if lowest_bits(plan) == 32 and not is_rounded(artifact) else ROUNDED_PARITY
         if not error <= limit:
             raise CandidateError(
                 f"{self.backend.name} computes something else than PyTorch: the logits deviate by {error:.1%} "
                 f"(allowed: {limit:.0%})"
             )
+        return Measurement("parity", error, "", None, len(images), self._predicted(method))
 
     def _violations(self, found: Mapping[str, Measurement]) -> tuple[float | None, ...]:
         base = self.baseline.measurements if self.baseline else found
@@ -305,52 +351,6 @@ def compressed_size(model: nn.Module) -> Measurement:
 
     source = Provenance(Method.MEASURED, "any", "autocompress coding", "")
     return Measurement("compressed_size", float(count(model)), "B", None, 1, source)
-
-
-def lowest_bits(plan: Plan) -> float:
-    """The smallest bit-width that a plan gives to any layer's weights or inputs; 32 for plans that do not quantize."""
-    return min(_widths(plan, "bits") + _widths(plan, "activations"))
-
-
-def _is_rounded(artifact: Artifact) -> bool:
-    """Whether a file stores any layer in less than float32; some targets round on their own."""
-    return any(formats["weight"] != 32 for formats in artifact.bits.values())
-
-
-def lacks_kernels(plan: Plan, capabilities: Capabilities) -> bool:
-    """Whether the file only imitates the plan's arithmetic: the target is not here, or has no kernels for it.
-
-    No kernels are there below the target's smallest width, for 8-bit floats, and where rounded inputs meet weights that
-    come in groups or from a codebook, or are rounded by each batch's own range: the runtimes compute these in floating
-    point.
-    """
-    if capabilities.emulated or lowest_bits(plan) < min(capabilities.bits):
-        return True
-    for step in plan:
-        formats = getattr(step, "bits", None)
-        named = list(formats.values()) if isinstance(formats, Mapping) else [formats]
-        inputs = getattr(step, "activations", None)
-        if any(str(name).startswith("fp8") for name in named) or inputs == "dynamic":
-            return True
-        # Without a setting, inputs are rounded like the weights, but not where these come from a codebook.
-        codebook, grouped = getattr(step, "scheme", "") == "codebook", getattr(step, "granularity", "") == "group"
-        if inputs is None and grouped and not codebook and not getattr(step, "awq", False):
-            return True
-        if (codebook or grouped) and min(_widths((step,), "activations")) < 32:
-            return True
-    return False
-
-
-def _widths(plan: Plan, field: str) -> list[float]:
-    """Bit-widths in a field of the plan's steps, 32 included."""
-    from ..compression.grids import bit_width
-
-    found: list[float] = [32]
-    for step in plan:
-        value = getattr(step, field, None) if hasattr(step, "bits") else None
-        formats = value.values() if isinstance(value, Mapping) else [value]
-        found += [bit_width(format) for format in formats if format is not None]
-    return found
 
 
 def describe_error(error: BaseException) -> str:

@@ -69,6 +69,10 @@ class AutoSampler(BaseSampler):
         self._activity: tuple[int, Activity] | None = None
         self._belief = Belief(known or {}, tuple(prior), self._rng)
 
+    def learn_from(self, prior: Sequence[Prior]) -> None:
+        """Take further earlier studies into account."""
+        self._belief.priors += tuple(prior)
+
     def reseed_rng(self) -> None:
         """Draw other random numbers from here on."""
         self._rng = np.random.default_rng()

@@ -53,6 +53,8 @@ class SearchConfig(BaseModel):
         sensitivity: whether stock spaces are narrowed by what each layer minds (see `analysis.sensitivity`).
         finetune_steps: training steps after a cut, in stock spaces and in the pruning baseline; none for an
             epoch, or less for big models (about a minute on one CPU core, a few where convolutions are depthwise).
+        warm_start: run folders of earlier searches, for another device, other data or a similar space, to start from
+            (docs/transfer.md).
         trials: candidates to evaluate, baselines included.
         rungs: at how many lengths of training candidates are compared: the best go on from one to the next, only the
             last is full training (docs/fidelity.md); 1 trains every candidate in full.
@@ -67,6 +69,8 @@ class SearchConfig(BaseModel):
             cluster gives (one that grows on demand is asked for more as long as it gives more).
         resources: of each worker, such as "cpu=2,gpu=0.5,mem=2GB"; "" for one core.
         address: of a Ray cluster to join.
+        shared: folder or URL ("s3://...", through fsspec) that all nodes reach: for trained weights, and for the files
+            of the front where several searches share a study.
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
@@ -86,6 +90,7 @@ class SearchConfig(BaseModel):
     bits: list[Format] = []
     finetune_steps: int | None = Field(None, ge=0)
     sampler: str = "auto"
+    warm_start: list[str] = []
     trials: int = Field(40, ge=1)
     rungs: int = Field(1, ge=1, le=9)
     reduction: int = Field(3, ge=2)
@@ -96,6 +101,7 @@ class SearchConfig(BaseModel):
     resources: str = ""
     executor: Literal["ray", "inline"] = "ray"
     address: str | None = None
+    shared: str | None = None
     seed: int = 0
     out: str = ""
     storage: str | None = None

@@ -106,6 +106,10 @@ class Console:
         self._console.print(f"{points} doubtful point{'s' if points > 1 else ''} measured again {times} times: {left}")
         self._settling = False
 
+    def note(self, text: str) -> None:
+        """Tell of something that is as it should be."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
     def trouble(self, text: str) -> None:
         """Tell of something that went wrong without ending the search."""
         self._console.print(text, style="yellow", markup=False)

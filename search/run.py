@@ -8,7 +8,7 @@ import datetime
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,12 +37,15 @@ from ..studies.point import make_folder
 from ..studies.report import write_reports
 from ..studies.study import Record, Study
 from ..tasks.data import example_input
-from .config import SearchConfig, make_config, save_config
+from .config import SearchConfig, load_config, make_config, save_config
 from .engine import Engine, Progress
 from .executors import Executor, InlineExecutor, make_ray_executor
 from .folder import Cleaner, only_driver
 from .samplers import ONE_NUMBER, make_sampler
-from .several import Part, joint_evaluator, joint_study, make_parts, scalar_of, shared_capabilities
+from .several import Part, SeveralTargets, joint_evaluator, joint_study, make_parts, scalar_of, shared_capabilities
+from .sharing import Exchange, travelling
+from .store import Store, open_store
+from .transfer import earlier_files, fingerprint, open_earlier, save_fingerprint, warm_start
 from .verify import measure_front
 
 
@@ -58,6 +61,8 @@ class Watcher(Protocol):
     def settling(self, doubtful: int, left: float) -> None: ...
 
     def settled(self, points: int, times: int, doubtful: int) -> None: ...
+
+    def note(self, text: str) -> None: ...
 
     def trouble(self, text: str) -> None: ...
 
@@ -80,6 +85,9 @@ class Silent:
         """Ignore."""
 
     def settled(self, points: int, times: int, doubtful: int) -> None:
+        """Ignore."""
+
+    def note(self, text: str) -> None:
         """Ignore."""
 
     def trouble(self, text: str) -> None:
@@ -168,30 +176,47 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
             f"sampler {config.sampler} learns from one number: name one objective, or make one number of several with "
             "--scalarize 'accuracy * (latency/50%)^-0.1'"
         )
+    saved = folder / "config.yaml"
+    started_with = load_config(saved).get("warm_start", []) if saved.exists() else []
+    runs, gone = open_earlier(config.warm_start, folder, started_with)
     capabilities = shared_capabilities(backends)
     if task is None:
         from ..tasks.models import load_task
 
         task = load_task(config.model, config.data, config.weights, config.image_size, config.seed)
     space = _check_space(space or make_space(config, task, capabilities), sampler)
+    warm = warm_start(config, runs, space, scalar)
+    store = open_store(config.shared, fingerprint(task)) if config.shared else None
+    exchange = Exchange(store) if store is not None and config.storage is not None else None
     make_folder(folder)
+    for text in gone:
+        watcher.trouble(text)
     with only_driver(folder):
         finetune = task_finetune(
             task, find_layers(task.build(), example_input(task.data)), config.finetune_steps, config.seed
         )
         parts = make_parts(config, folder, task, backends, constraints, finetune)
+        own = fingerprint(task)
+        files = {part.target: earlier_files(runs, own, part.evaluator.backend.name) for part in parts}
         study = joint_study(config, folder, parts)
         earlier = len(study.stored())
         before = time.monotonic()
         parts = [
-            dataclasses.replace(part, evaluator=_with_baseline(part, constraints, config.trial_timeout))
+            dataclasses.replace(
+                part,
+                evaluator=dataclasses.replace(
+                    _with_baseline(part, constraints, config.trial_timeout), earlier=files[part.target]
+                ),
+            )
             for part in parts
         ]
         evaluate = joint_evaluator(parts, capabilities, study)
         # Only now: settings that were refused must leave the folder free for the right ones.
         for part in parts if study.parts else []:
             save_config(part.config, part.study.folder)
+            save_fingerprint(own, part.study.folder)
         save_config(config, folder)
+        save_fingerprint(own, folder)
         limit = None if config.time is None else max(1.0, config.time - (time.monotonic() - before))
         cleaners = {part.target: Cleaner(part.study, part.baselines) for part in parts}
 
@@ -199,16 +224,20 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
             if evaluation is not None:
                 for target, result in (evaluation.parts or {parts[0].target: evaluation}).items():
                     cleaners[target].add(result)
+                    if exchange is not None:
+                        exchange.give(cleaners[target].study, target, result)
             watcher.changed(progress, evaluation)
 
         untouched = next(record for record in study.records() if record.baseline == "untouched")
         if scalar is not None and scalar(untouched.metrics, untouched.metrics) is None:
             raise InputError(f"scalarize '{scalar.text}': it has no value for the untouched model; divide by a value")
         watcher.started(study, config, task, untouched)
+        for text in warm.lines:
+            watcher.note(text)
         engine = Engine(
-            space=space,
+            space=warm.space,
             study=study,
-            executor=_make_executor(config, evaluate),
+            executor=_make_executor(config, evaluate, folder, parts, store),
             # Another seed after an interruption: the same one would propose the same candidates again.
             sampler=make_sampler(
                 config.sampler,
@@ -216,6 +245,7 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
                 trials=config.trials,
                 constrained=bool(constraints),
                 space=space,
+                prior=warm.priors,
             ),
             trials=config.trials,
             seconds=limit,
@@ -229,8 +259,11 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
         try:
             if engine.run().ended != "interrupted":
                 for part in parts:
+                    if exchange is not None:
+                        exchange.take(part.study, part.target)
                     measure_front(part.evaluator, part.study, watcher, config.verify_time)
-                shutil.rmtree(folder / "cache", ignore_errors=True)  # trained weights; no candidate will share them now
+                if config.rungs == 1 or engine.progress.ended != "time is up":  # else some may yet be trained on
+                    shutil.rmtree(folder / "cache", ignore_errors=True)  # no candidate will share trained weights now
         except KeyboardInterrupt:
             engine.progress.ended = "interrupted"
         except DeviceLostError as error:
@@ -309,10 +342,17 @@ def _check_space(space: Space, sampler: BaseSampler) -> Space:
     return space
 
 
-def _make_executor(config: SearchConfig, evaluator: Callable[[Candidate], Evaluation]) -> Executor:
+def _make_executor(
+    config: SearchConfig, evaluate: Evaluator | SeveralTargets, folder: Path, parts: list[Part], store: Store | None
+) -> Executor:
+    if config.executor == "inline" and store is None:
+        return InlineExecutor(evaluate, config.trial_timeout)
+    if store is None and config.address is None:
+        return make_ray_executor(config, evaluate)
+    there, receive = travelling(evaluate, folder, parts, store)
     if config.executor == "inline":
-        return InlineExecutor(evaluator, config.trial_timeout)
-    return make_ray_executor(config, evaluator)
+        return InlineExecutor(lambda candidate: receive(there(candidate)), config.trial_timeout)
+    return make_ray_executor(config, there, receive)
 
 
 def _as_task(model: str | torch.nn.Module | Task, data: str | Data, config: SearchConfig) -> Task:

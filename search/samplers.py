@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial
 from ..core.errors import unknown
 from ..core.types import Space
 from .auto import AutoSampler
+from .belief import Prior
 from .evolution import evolution_sampler, local_sampler
 from .grid import ExhaustiveSampler
 from .policy import PolicySampler
@@ -100,11 +101,20 @@ SAMPLERS: dict[str, Callable[[int, int, bool], BaseSampler]] = {
 ONE_NUMBER = ("rl",)  # samplers that can't do with several objectives
 
 
-def make_sampler(name: str, *, seed: int, trials: int, constrained: bool, space: Space | None = None) -> BaseSampler:
+def make_sampler(
+    name: str,
+    *,
+    seed: int,
+    trials: int,
+    constrained: bool,
+    space: Space | None = None,
+    prior: Sequence[Prior] = (),
+) -> BaseSampler:
     """The sampler called `name`; its population or start-up phase follows the number of trials.
 
     Args:
         space: what it will sample; "auto" looks into it beforehand.
+        prior: what earlier studies found; only "auto" learns from it.
 
     Raises:
         InputError: no sampler of that name.
@@ -116,4 +126,5 @@ def make_sampler(name: str, *, seed: int, trials: int, constrained: bool, space:
         sampler = SAMPLERS[name](seed, trials, constrained)
     if isinstance(sampler, AutoSampler):
         sampler.space = space
+        sampler.learn_from(prior)
     return sampler

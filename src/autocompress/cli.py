@@ -28,7 +28,7 @@ app = typer.Typer(
 app.add_typer(hardware_app, name="hardware")
 
 # Options that take several values in one go: `--objectives accuracy latency size`.
-_MANY = ("--objectives", "--constraints", "--bits", "--target", "--columns")
+_MANY = ("--objectives", "--constraints", "--bits", "--target", "--columns", "--warm-start")
 
 
 class Format(StrEnum):
@@ -98,6 +98,10 @@ def search(
         str | None,
         typer.Option(help="auto, tpe, nsga2, nsga3, gp, evolution, local, rl (needs one number), grid or random."),
     ] = None,
+    warm_start: Annotated[
+        list[str] | None,
+        typer.Option(help="Run folders of earlier searches to start from, also for another target or other data."),
+    ] = None,
     trials: Annotated[int | None, typer.Option(help="Candidates to evaluate, baselines included.")] = None,
     rungs: Annotated[
         int | None,
@@ -119,6 +123,9 @@ def search(
     ] = None,
     executor: Annotated[str | None, typer.Option(help="ray or inline (this process, for debugging).")] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join.")] = None,
+    shared: Annotated[
+        str | None, typer.Option(help="Folder or s3://... that all nodes reach, for trained weights and files.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="For sampling and training.")] = None,
     storage: Annotated[str | None, typer.Option(help="Database URL; default: study.db in the run folder.")] = None,
     study: Annotated[str | None, typer.Option(help="Name of the study in the database.")] = None,
@@ -132,9 +139,9 @@ def search(
     given = {
         "model": model, "data": data, "weights": weights, "image_size": image_size, "target": target,
         "threads": threads, "objectives": objectives, "constraints": constraints, "scalarize": scalarize, "space": space,
-        "granularity": granularity, "sensitivity": sensitivity, "bits": bits, "finetune_steps": finetune_steps, "sampler": sampler,
+        "granularity": granularity, "sensitivity": sensitivity, "bits": bits, "finetune_steps": finetune_steps, "sampler": sampler, "warm_start": warm_start,
         "trials": trials, "rungs": rungs, "reduction": reduction, "time": time, "verify_time": verify_time, "trial_timeout": trial_timeout, "workers": workers, "resources": resources, "executor": executor,
-        "address": address, "seed": seed, "storage": storage, "study": study, "out": out,
+        "address": address, "shared": shared, "seed": seed, "storage": storage, "study": study, "out": out,
     }  # fmt: skip
     flags = {name: value for name, value in given.items() if value not in (None, [])}
     settings = _settings(config, resume, flags)
