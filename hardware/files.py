@@ -1,4 +1,4 @@
-"""ONNX files that people bring along, as the backends know files: an artifact and a task with nothing but shapes."""
+"""ONNX and TensorFlow Lite files that people bring, as backends know files: an artifact, a task with shapes alone."""
 
 from __future__ import annotations
 
@@ -14,17 +14,25 @@ from onnx import TensorProto
 from ..core.errors import InputError
 from ..core.types import Artifact, Data, Split, Task
 from .onnx_bits import read_bits
+from .tflite_file import input_of
+
+# Beginnings of targets that take TensorFlow Lite files.
+TAKE_TFLITE = ("arm/ethos-u",)
 
 
 def read_file(path: Path, target: str) -> tuple[Artifact, Task]:
-    """An ONNX file with one input, and a task that has its input shape and no data: enough to measure it.
+    """A file with one input, and a task that has its input shape and no data: enough to measure it.
+
+    Files are ONNX or, for targets in `TAKE_TFLITE`, TensorFlow Lite (.tflite).
 
     Args:
         target: name of the backend that is to load it.
 
     Raises:
-        InputError: no such file, no readable ONNX, several inputs, or an input with open sizes besides the first.
+        InputError: no such file, no readable one, several inputs, or an input with open sizes besides the first.
     """
+    if path.suffix == ".tflite":
+        return _read_tflite(path, target)
     if not path.is_file():
         raise InputError(f"{path}: there is no such file; expected an ONNX model")
     content = path.read_bytes()
@@ -49,6 +57,18 @@ def read_file(path: Path, target: str) -> tuple[Artifact, Task]:
     data = Data(path.stem, nothing, nothing, nothing, (), vocabulary=2 if tokens else 0)
     artifact = Artifact(target, path, hashlib.sha256(content).hexdigest(), len(content), read_bits(proto))
     return artifact, Task(path.stem, _no_model, data, trained=False)
+
+
+def _read_tflite(path: Path, target: str) -> tuple[Artifact, Task]:
+    if not target.startswith(TAKE_TFLITE):
+        raise InputError(f"{target} takes ONNX files; TensorFlow Lite files are for {', '.join(TAKE_TFLITE)}...")
+    shape, kind = input_of(path)
+    if target.startswith("arm/ethos-u") and kind not in ("int8", "uint8"):
+        raise InputError(f"{path}: {target} needs a file whose input is in 8-bit integers; it is {kind}")
+    content = path.read_bytes()
+    nothing = Split(np.zeros((0, *shape[1:]), np.uint8), np.zeros(0, np.int64))
+    artifact = Artifact(target, path, hashlib.sha256(content).hexdigest(), len(content))
+    return artifact, Task(path.stem, _no_model, Data(path.stem, nothing, nothing, nothing, ()), trained=False)
 
 
 def _no_model() -> NoReturn:

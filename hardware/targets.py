@@ -7,6 +7,7 @@ from ..core.registry import BACKENDS
 from ..core.types import Backend
 from . import agent as _agent  # noqa: F401  (registers its targets)
 from . import boards as _boards  # noqa: F401
+from . import ethos_u as _ethos_u  # noqa: F401
 from . import fpga as _fpga  # noqa: F401
 from . import gpu as _gpu  # noqa: F401
 from . import lookup_backend as _lookup  # noqa: F401
