@@ -255,7 +255,7 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
             rungs=config.rungs,
             reduction=config.reduction,
         )
-        lost: DeviceLostError | None = None
+        stopped: DeviceLostError | InputError | None = None  # the latter of a cluster that can give no worker
         try:
             if engine.run().ended != "interrupted":
                 for part in parts:
@@ -266,15 +266,17 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
                     shutil.rmtree(folder / "cache", ignore_errors=True)  # no candidate will share trained weights now
         except KeyboardInterrupt:
             engine.progress.ended = "interrupted"
-        except DeviceLostError as error:
-            lost = error
+        except (DeviceLostError, InputError) as error:
+            stopped = error
         for found in [*study.parts.values(), study]:
             write_reports(found)
         watcher.ended(study, engine.progress)
-        if lost is not None:
+        if isinstance(stopped, DeviceLostError):
             raise DeviceLostError(
-                f"{lost}; nothing finished is lost: once it is back, --resume {folder} goes on"
-            ) from lost
+                f"{stopped}; nothing finished is lost: once it is back, --resume {folder} goes on"
+            ) from stopped
+        if stopped is not None:
+            raise stopped
     return study
 
 
