@@ -7,6 +7,7 @@ arXiv:2106.12639).
 from __future__ import annotations
 
 import dataclasses
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -52,7 +53,7 @@ class Ladder:
         self.reduction = reduction
         self._signs = np.array([-1.0 if direction == "maximize" else 1.0 for direction in directions])
         self._rungs = [_Rung(float(reduction) ** (place + 1 - rungs)) for place in range(rungs - 1)]
-        self._last: dict[int, tuple[int, list[str]]] = {}
+        self._last: dict[int, tuple[tuple[int, int], list[str]]] = {}
 
     @property
     def lowest(self) -> float:
@@ -85,43 +86,66 @@ class Ladder:
         for place in reversed(range(len(self._rungs))):
             rung = self._rungs[place]
             count = (len(rung.entries) + (self.reduction - 1 if last_call else 0)) // self.reduction
-            for key in self._order(place)[:count]:
+            for key in self._first(place, count):
                 if key not in rung.left:
                     rung.left.add(key)
                     above = self._rungs[place + 1].fidelity if place + 1 < len(self._rungs) else 1.0
                     return dataclasses.replace(rung.entries[key].candidate, fidelity=above)
         return None
 
-    def _order(self, place: int) -> list[str]:
-        """The keys of a rung's candidates, the best first."""
+    def _first(self, place: int, count: int) -> list[str]:
+        """The keys of the best `count` candidates of a rung, the best first."""
         entries = self._rungs[place].entries
-        known, order = self._last.get(place, (0, []))
-        if known != len(entries):  # results never change
-            order = best_first(entries, self._signs)
-            self._last[place] = (len(entries), order)
-        return order
+        asked = (len(entries), count)  # results never change
+        if place not in self._last or self._last[place][0] != asked:
+            self._last[place] = (asked, best_first(entries, self._signs, count))
+        return self._last[place][1]
 
 
-def best_first(entries: Mapping[str, _Entry], signs: np.ndarray) -> list[str]:
-    """Keys by rank of dominance, within a rank by what they add to its hypervolume; infeasible ones come last.
+def best_first(entries: Mapping[str, _Entry], signs: np.ndarray, count: int) -> list[str]:
+    """The first `count` keys by rank of dominance, within a rank by what they add to the hypervolume.
 
-    Those are in the order of how far they are beyond the limits.
+    Infeasible ones come last, in the order of how far they are beyond the limits.
     """
     keys = [key for key, entry in entries.items() if entry.violation <= 0]
     beyond = sorted((key for key, entry in entries.items() if entry.violation > 0), key=lambda k: entries[k].violation)
     if not keys:
-        return beyond
+        return beyond[:count]
     import moocore
 
     values = np.array([entries[key].values for key in keys], float) * signs
     span = np.ptp(values, axis=0)
     values = (values - values.min(0)) / np.where(span > 0, span, 1.0)
     if values.shape[1] == 1:
-        return [keys[i] for i in np.argsort(values[:, 0], kind="stable")] + beyond
+        return [keys[i] for i in np.argsort(values[:, 0], kind="stable")][:count] + beyond[: max(0, count - len(keys))]
     ranks = moocore.pareto_rank(values)
     order: list[str] = []
     for rank in np.unique(ranks):
-        own = np.flatnonzero(ranks == rank)
-        added = moocore.hv_contributions(values[own], ref=np.full(values.shape[1], 1 + MARGIN))
-        order += [keys[own[i]] for i in np.argsort(-added, kind="stable")]
-    return order + beyond
+        if len(order) < count:
+            own = np.flatnonzero(ranks == rank)
+            order += [keys[own[i]] for i in by_added_volume(values[own], count - len(order))]
+    return order + beyond[: count - len(order)]
+
+
+def by_added_volume(values: np.ndarray, count: int) -> list[int]:
+    """Positions of `count` points (N, objectives), minimised: each adds most hypervolume to those before it.
+
+    The contribution to the whole front would put two good points that are alike behind all others, as either adds
+    nothing to the other. What a point adds only shrinks as others come in, so that a gain of before is a bound.
+    """
+    import moocore
+
+    corner = np.full(values.shape[1], 1 + MARGIN)
+    waiting = [(-float(np.prod(corner - point)), place) for place, point in enumerate(values)]
+    heapq.heapify(waiting)
+    order: list[int] = []
+    volume = 0.0
+    while waiting and len(order) < count:
+        _, place = heapq.heappop(waiting)
+        gain = float(moocore.hypervolume(values[[*order, place]], ref=corner)) - volume
+        if waiting and -gain > waiting[0][0]:
+            heapq.heappush(waiting, (-gain, place))
+            continue
+        order.append(place)
+        volume += gain
+    return order

@@ -80,6 +80,14 @@ def test_feasible_candidates_come_first_then_hypervolume_decides_within_a_front(
     assert [ratio_of(ladder.next()) for _ in range(4)] == [0.3, 0.2, 0.4, None]
 
 
+def test_of_two_good_ones_that_are_alike_one_goes_on_early() -> None:
+    ladder = Ladder(DIRECTIONS, rungs=2, reduction=4)
+    knee, twin, accurate, small = (0.80, 3.0), (0.801, 3.01), (0.90, 9.0), (0.10, 2.0)
+    for ratio, values in zip((0.1, 0.2, 0.3, 0.4), (accurate, small, knee, twin), strict=True):
+        ladder.add(candidate(ratio, 0.5), values, [])
+    assert ratio_of(ladder.next()) in (0.3, 0.4)
+
+
 def test_one_rung_stops_nobody() -> None:
     assert Ladder(DIRECTIONS).lowest == 1.0
     with pytest.raises(ac.InputError, match="at least 1 rung"):
@@ -304,7 +312,17 @@ SEARCH = [sys.executable, "-m", "autocompress", "search"]
 @pytest.mark.slow
 def test_a_killed_driver_trains_nothing_twice(tmp_path: Path) -> None:
     arguments = ["--rungs", "3", "--space", "prune", "--finetune-steps", "90", "--trials", "12", "--out", "run"]
-    limits = ["--executor", "inline", "--objectives", "accuracy", "macs", "--verify-time", "1s"]
+    limits = [
+        "--target",
+        "tpu/edgetpu",
+        "--executor",
+        "inline",
+        "--objectives",
+        "accuracy",
+        "macs",
+        "--verify-time",
+        "1s",
+    ]
     driver = subprocess.Popen([*SEARCH, *arguments, *limits], cwd=tmp_path, start_new_session=True)
     out, end = tmp_path / "run", time.monotonic() + 240
     while not ((out / "config.yaml").is_file() and len(list((out / "cache").glob("*.training"))) >= 4):
