@@ -14,6 +14,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ..core.types import Candidate, Evaluation, Task
 from ..evaluators.pipeline import Evaluator
 from ..studies.study import Record, Study, part_folder
 from .several import Part, SeveralTargets
-from .store import Store
+from .store import Store, StoreError
 
 MARK = ".run-id"
 LEARNT = (".safetensors", ".training")  # what is shared of the cache; figures belong to the machine
@@ -74,10 +75,12 @@ class Travelling:
         root = self.folder if home else self._scratch()
         evaluate = _moved(self.evaluate, self.folder, root, keep_earlier=home)
         keys = {plan_key(candidate.plan[: end + 1]) for end in range(len(candidate.plan))} | {candidate.key}
-        before = self._fetch(keys, root / "cache") if self.store is not None else {}
+        before, trouble = self._fetch(keys, root / "cache")
         evaluation = evaluate(candidate)
-        if self.store is not None:
-            self._keep(keys, root / "cache", before)
+        trouble = trouble or self._keep(keys, root / "cache", before)
+        if trouble:  # the candidate is none the worse for it
+            told = f"trained weights could not be shared: {trouble}"
+            evaluation = dataclasses.replace(evaluation, notes=(*evaluation.notes, told))
         if home:
             return Parcel(evaluation, root, {})
         files = _pack(evaluation, root)
@@ -100,25 +103,34 @@ class Travelling:
         os.utime(root)
         return root
 
-    def _fetch(self, keys: set[str], cache: Path) -> dict[str, tuple[int, int]]:
-        """Get what others learnt; returns the state of all such files here."""
-        assert self.store is not None
-        for key in keys:
-            for name in self.store.names(f"cache/{key}"):
-                here = cache / name.removeprefix("cache/")
-                if here.suffix in LEARNT and not here.exists():
-                    self.store.get(name, here)
-        return _states(keys, cache)
+    def _fetch(self, keys: set[str], cache: Path) -> tuple[dict[str, tuple[int, int]], str]:
+        """Get what others learnt; returns the state of all such files here, and what went wrong."""
+        if self.store is None:
+            return {}, ""
+        try:
+            for key in keys:
+                for name in self.store.names(f"cache/{key}"):
+                    here = cache / name.removeprefix("cache/")
+                    if here.suffix in LEARNT and not here.exists():
+                        self.store.get(name, here)
+        except StoreError as error:
+            return _states(keys, cache), str(error)
+        return _states(keys, cache), ""
 
-    def _keep(self, keys: set[str], cache: Path, before: Mapping[str, tuple[int, int]]) -> None:
-        """Store what was learnt, and delete what is of no use any more."""
-        assert self.store is not None
+    def _keep(self, keys: set[str], cache: Path, before: Mapping[str, tuple[int, int]]) -> str:
+        """Store what was learnt, and delete what is of no use any more; returns what went wrong."""
+        if self.store is None:
+            return ""
         after = _states(keys, cache)
-        for name, state in after.items():
-            if before.get(name) != state:
-                self.store.put(cache / name, f"cache/{name}")
-        for name in before.keys() - after.keys():
-            self.store.drop(f"cache/{name}")
+        try:
+            for name, state in after.items():
+                if before.get(name) != state:
+                    self.store.put(cache / name, f"cache/{name}")
+            for name in before.keys() - after.keys():
+                self.store.drop(f"cache/{name}")
+        except StoreError as error:
+            return str(error)
+        return ""
 
 
 def travelling(
@@ -155,23 +167,25 @@ class Exchange:
         artifact = evaluation.artifact
         if artifact is None or not artifact.path.is_file():
             return
-        for path in _tree(artifact.path.parent):
-            self._store.put(path, f"{_place(target)}/{path.relative_to(study.folder / 'artifacts').as_posix()}")
+        with suppress(StoreError):  # the others do without, and say so
+            for path in _tree(artifact.path.parent):
+                self._store.put(path, f"{_place(target)}/{path.relative_to(study.folder / 'artifacts').as_posix()}")
 
     def take(self, study: Study, target: str) -> None:
         """Fetch the files of the front that others made; drop those of trials that are not on it any more."""
         records = study.records()
         best = study.front_trials(records)
-        for record in records:
-            if record.artifact is None:
-                continue
-            stored = self._store.names(f"{_place(target)}/{_folder_of(record, study)}/")
-            if record.trial in best or record.baseline:
-                for name in stored if not record.artifact.path.is_file() else ():
-                    self._store.get(name, study.folder / "artifacts" / name.removeprefix(f"{_place(target)}/"))
-            else:
-                for name in stored:
-                    self._store.drop(name)
+        with suppress(StoreError):
+            for record in records:
+                if record.artifact is None:
+                    continue
+                stored = self._store.names(f"{_place(target)}/{_folder_of(record, study)}/")
+                if record.trial in best or record.baseline:
+                    for name in stored if not record.artifact.path.is_file() else ():
+                        self._store.get(name, study.folder / "artifacts" / name.removeprefix(f"{_place(target)}/"))
+                else:
+                    for name in stored:
+                        self._store.drop(name)
 
 
 def _place(target: str) -> str:

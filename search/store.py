@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..core.codec import digest
-from ..core.errors import InputError, MissingDependencyError
+from ..core.errors import AutocompressError, InputError, MissingDependencyError
 
 OBJECTS = {"s3", "gs", "gcs", "abfs", "az"}
 
 
+class StoreError(AutocompressError, OSError):
+    """The shared place can't be reached, or refuses."""
+
+
+@contextmanager
+def _as_store_error() -> Iterator[None]:
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:  # each kind of storage has errors of its own
+        raise StoreError((str(error).splitlines() or [type(error).__name__])[0]) from error
+
+
 @dataclass(frozen=True)
 class Store:
-    """Files by name below a URL.
+    """Files by name below a URL; its methods raise StoreError.
 
     Attributes:
         url: of a folder; what stands in it was made from the same model and data.
@@ -29,10 +44,11 @@ class Store:
         """Names of the files that begin with `start`."""
         files, root = self._files()
         folder, _, _ = start.rpartition("/")
-        files.invalidate_cache()  # others write meanwhile
-        if not files.isdir(f"{root}/{folder}"):
-            return []
-        found = [str(path).removeprefix(f"{root}/") for path in files.find(f"{root}/{folder}")]
+        with _as_store_error():
+            files.invalidate_cache()  # others write meanwhile
+            if not files.isdir(f"{root}/{folder}"):
+                return []
+            found = [str(path).removeprefix(f"{root}/") for path in files.find(f"{root}/{folder}")]
         return sorted(name for name in found if name.startswith(start) and not name.endswith(".part"))
 
     def get(self, name: str, path: Path) -> bool:
@@ -41,10 +57,13 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
         try:
-            files.get_file(f"{root}/{name}", str(part))
-        except FileNotFoundError:
+            with _as_store_error():
+                files.get_file(f"{root}/{name}", str(part))
+        except StoreError as error:
             part.unlink(missing_ok=True)
-            return False
+            if isinstance(error.__cause__, FileNotFoundError):
+                return False
+            raise
         part.replace(path)
         return True
 
@@ -52,21 +71,20 @@ class Store:
         """Store a file; who reads meanwhile sees the old one or the new one."""
         files, root = self._files()
         to = f"{root}/{name}"
-        _make_folder(files, to.rpartition("/")[0])
-        if "file" in _protocols(files):
-            part = f"{to}.{uuid.uuid4().hex}.part"
-            files.put_file(str(path), part)
-            os.replace(part, to)
-        else:
-            files.put_file(str(path), to)  # objects appear whole
+        with _as_store_error():
+            _make_folder(files, to.rpartition("/")[0])
+            if "file" in _protocols(files):
+                part = f"{to}.{uuid.uuid4().hex}.part"
+                files.put_file(str(path), part)
+                os.replace(part, to)
+            else:
+                files.put_file(str(path), to)  # objects appear whole
 
     def drop(self, name: str) -> None:
         """Delete a file, if it is there."""
         files, root = self._files()
-        try:
+        with _as_store_error(), suppress(FileNotFoundError):
             files.rm_file(f"{root}/{name}")
-        except FileNotFoundError:
-            return
 
     def _files(self) -> tuple[Any, str]:
         import fsspec
@@ -100,15 +118,15 @@ def open_store(url: str, made_from: Mapping[str, str]) -> Store:
     store = Store(f"{url.rstrip('/')}/{digest(made_from)}")
     probe = f"probe-{uuid.uuid4().hex}"
     try:
-        files, root = store._files()
-        _make_folder(files, root)
-        files.pipe_file(f"{root}/{probe}", b"autocompress")
+        with _as_store_error():
+            files, root = store._files()
+            _make_folder(files, root)
+            files.pipe_file(f"{root}/{probe}", b"autocompress")
         store.drop(probe)
     except ImportError as error:
         scheme = url.partition("://")[0]
         hint = "pip install 'autocompress[s3]'" if scheme == "s3" else "pip install the package that fsspec names"
         raise MissingDependencyError(f"shared: {str(error).splitlines()[0]} ({hint})") from error
-    except Exception as error:  # each kind of storage has errors of its own
-        text = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"shared: can't write to {url}: {text}") from error
+    except StoreError as error:
+        raise InputError(f"shared: can't write to {url}: {error}") from error
     return store
