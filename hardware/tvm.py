@@ -28,7 +28,7 @@ from .x86 import CpuBackend
 BATCH = 32  # inputs that `predict` and the throughput of quick models take at once
 TRIALS = 64  # of `x86/tvm:tuned`
 # Counts up when the same file is compiled in another way, so that earlier libraries are not taken for its own.
-COMPILER = 1
+COMPILER = 2
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,10 @@ def main() -> None:
     """Compile what the command line asks for; an error is the last line of the output, for the process that waits."""
     folder, batches = Path(sys.argv[1]), [int(text) for text in sys.argv[2:]]
     request = json.loads((folder / "request.json").read_text())
+    if request["trials"]:
+        # What tuning times has the cores and threads that a measurement has; the processes that it starts inherit them.
+        os.sched_setaffinity(0, request["cores"])
+        os.environ["TVM_NUM_THREADS"] = str(len(request["cores"]))
     try:
         for batch in batches:
             _compile(Request(**request), batch, library_path(folder, batch))

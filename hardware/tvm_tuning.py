@@ -1,6 +1,6 @@
 """MetaSchedule: schedules of a network's functions, sampled, timed on this machine, and kept.
 
-TVM 0.27 has it for CPUs; its cost model needs the package xgboost.
+TVM 0.27 has it for CPUs; its cost model needs the package xgboost-cpu.
 
 Source: Shao et al., Tensor Program Optimization with Probabilistic Programs, NeurIPS 2022.
 """
@@ -20,6 +20,7 @@ from .tvm_schedule import scheduled
 
 SEED = 0
 AT_ONCE = 32  # schedules that are built and timed before the cost model learns from them
+POPULATION = 64  # schedules that the cost model chooses from; TVM's own 512 take half a minute for each function
 
 
 def apply_tuned(module: Any, target: Any, request: Request) -> Any:
@@ -41,6 +42,7 @@ def apply_tuned(module: Any, target: Any, request: Request) -> Any:
         logging.getLogger(logger).setLevel(logging.WARNING)
     folder = Path(request.records)
     folder.mkdir(parents=True, exist_ok=True)
+    mend_records(folder)
     records = ms.database.JSONDatabase(work_dir=str(folder))
     tasks = list(ms.relax_integration.extract_tasks(module, target))
     _tune(tasks, target, records, request)
@@ -56,6 +58,28 @@ def apply_tuned(module: Any, target: Any, request: Request) -> Any:
         return relax.transform.MetaScheduleApplyDatabase()(module)
 
 
+def mend_records(folder: Path) -> None:
+    """Drop what a killed tuning left half written, which TVM can't read: lines cut off, and records of no function."""
+    names = ("database_workload.json", "database_tuning_record.json")
+    workloads, records = (_entries(folder / name) for name in names)
+    kept = {names[0]: workloads, names[1]: [(line, entry) for line, entry in records if entry[0] < len(workloads)]}
+    for name, entries in kept.items():
+        text = "".join(f"{line}\n" for line, _ in entries)
+        if (folder / name).exists() and (folder / name).read_text() != text:
+            (folder / name).write_text(text)
+
+
+def _entries(path: Path) -> list[tuple[str, Any]]:
+    """The lines of a file of JSON up to the first one that is none, with what they say."""
+    found: list[tuple[str, Any]] = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append((line, json.loads(line)))
+        except json.JSONDecodeError:
+            break
+    return found
+
+
 def _tune(tasks: Sequence[Any], target: Any, records: Any, request: Request) -> None:
     """Time what has not been timed, and note it in `functions.json`."""
     from tvm.s_tir import meta_schedule as ms
@@ -68,7 +92,11 @@ def _tune(tasks: Sequence[Any], target: Any, records: Any, request: Request) -> 
     builder = ms.builder.LocalBuilder(max_workers=workers, f_build=_build)
     runner = ms.runner.LocalRunner()
     contexts, weights = ms.relax_integration.extracted_tasks_to_tune_contexts(
-        pending, request.records, num_threads=workers, seed=SEED
+        pending,
+        request.records,
+        strategy=ms.search_strategy.EvolutionarySearch(population_size=POPULATION, init_min_unmeasured=AT_ONCE),
+        num_threads=workers,
+        seed=SEED,
     )
     left = [request.trials - _recorded(records, task) for task in pending]
     if max(left) > 0:

@@ -19,6 +19,7 @@ from autocompress.core.types import Artifact, Method, Plan
 from autocompress.evaluators.pipeline import lacks_kernels
 from autocompress.hardware.targets import find_backend, make_backend
 from autocompress.hardware.tvm import TvmBackend
+from autocompress.hardware.tvm_tuning import mend_records
 from autocompress.hardware.x86 import CpuBackend
 from autocompress.tasks.data import normalise
 
@@ -137,6 +138,15 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert backend.missing() == "x86/tvm needs the package apache-tvm: pip install 'autocompress[tvm]'"
     assert backend.capabilities.bits == (32, 16)
+
+
+def test_records_that_a_killed_tuning_left_half_written_are_mended(tmp_path: Path) -> None:
+    workloads, records = (tmp_path / f"database_{name}.json" for name in ("workload", "tuning_record"))
+    workloads.write_text('["1", "conv"]\n["2", "mat')
+    records.write_text("[0, [[], [0.5]]]\n[1, [[], [0.25]]]\n[0, [[], [0.")
+    mend_records(tmp_path)
+    assert workloads.read_text() == '["1", "conv"]\n'
+    assert records.read_text() == "[0, [[], [0.5]]]\n"
 
 
 @needs_tvm
