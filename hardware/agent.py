@@ -19,7 +19,7 @@ from ..core.errors import CandidateError, DeviceLostError, InputError, MissingDe
 from ..core.lane import pause_point
 from ..core.registry import backend
 from ..core.types import Artifact, Capabilities, Measurement, Method, Provenance, Task
-from .board_agent import TOKEN
+from .board_agent import LITERT, TOKEN
 from .board_connection import PORT, PYTHON, SSH, Connection, connect
 from .board_wire import Message, WireError
 from .statistics import median_interval
@@ -37,6 +37,8 @@ _OPEN: dict[tuple[int, AgentBackend], Connection] = {}
 @dataclass(frozen=True)
 class AgentBackend:
     """A board that runs files in ONNX Runtime; its figures are measured there, accuracy included.
+
+    A file that ends in .tflite is timed in LiteRT.
 
     Attributes:
         address: `[user@]host[:port]` for SSH, `tcp://host[:port]` for the server; "" for no board yet.
@@ -68,6 +70,7 @@ class AgentBackend:
             "int8 is faster where the cores have dot products (Cortex-A76 and later)",
             "16-bit layers are stored as float16 and run in float32",
             "accuracy is computed on the board too",
+            "TensorFlow Lite files that people bring are timed by LiteRT, where the board has it",
             "energy: unknown without a power meter",
         )
         return Capabilities((32, 16, 8), METRICS, "all", notes, method=Method.MEASURED)
@@ -117,8 +120,9 @@ class AgentBackend:
 
         What the board says of itself is in the flags: its governor, heat, throttling, and other work.
         """
+        runtime = "litert" if artifact.path.suffix == ".tflite" else "onnxruntime"
         probe = {
-            "runtime": "onnxruntime",
+            "runtime": runtime,
             "bf16": False,
             "reference_bf16": False,
             "input_shape": list(task.data.input_shape),
@@ -131,11 +135,18 @@ class AgentBackend:
         request["reference"] = reference.sha256 if reference else ""
 
         def ask(board: Connection) -> Message:
+            package = _package(runtime, board.board["versions"])
+            if package is None:
+                command = f"{board.board['executable']} -m pip install ai-edge-litert"
+                raise CandidateError(
+                    f"{self.name}: the board lacks LiteRT for {artifact.path.name}; run there: {command}"
+                )
             pause_point()
             for file in (artifact, reference):
                 if file is not None:
                     board.hold(file.sha256, file.path.read_bytes)
-            return {**board.ask(request)[0], "board": board.board}
+            version = f"{package} {board.board['versions'][package]}"
+            return {**board.ask(request)[0], "board": board.board, "runtime": version}
 
         found = self._talk(ask)
         for _ in range(self.attempts - 1):
@@ -164,7 +175,7 @@ class AgentBackend:
         source = Provenance(
             Method.MEASURED,
             f"{board['board']}, {threads} thread{'s' if threads > 1 else ''}",
-            f"onnxruntime {board['versions']['onnxruntime']}",
+            found["runtime"],
             datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
         doubts = (*state_flags(found["before"], found["after"]), *answer["doubts"])
@@ -212,6 +223,12 @@ class AgentBackend:
                     raise DeviceLostError(f"the board was lost: {error}") from error
                 time.sleep(pause)
         return _OPEN[key]
+
+
+def _package(runtime: str, versions: Mapping[str, str]) -> str | None:
+    """The package by which a board runs a runtime's files; None where it has none."""
+    names = LITERT if runtime == "litert" else (runtime,)
+    return next((name for name in names if name in versions), None)
 
 
 def state_flags(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ from .board_state import board_name, board_state, fastest_cores
 from .board_wire import PROTOCOL, STRANGER, Message, Wire, WireError, is_proof
 
 TOKEN = "AUTOCOMPRESS_AGENT_TOKEN"
+LITERT = ("ai-edge-litert", "tflite-runtime")  # either runs TensorFlow Lite files; neither is needed
 SHORTEST = 16  # characters of a token
 KEPT = 2**31  # bytes of files that are kept; the longest unused go first
 BEAT = 5.0  # seconds between the signs of life that are sent during long work
@@ -223,7 +224,7 @@ class Agent:
 def describe() -> Message:
     """What this board is."""
     versions = {}
-    for package in ("numpy", "onnxruntime"):
+    for package in ("numpy", "onnxruntime", *LITERT):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {

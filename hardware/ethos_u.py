@@ -82,7 +82,16 @@ class EthosUBackend:
             "accuracy is that of TensorFlow Lite's integer arithmetic on this machine",
             "weights are stored compressed: zeros and fewer bits save flash and bandwidth",
         )
-        return Capabilities((8,), ("latency", "memory"), "all", notes, emulated=True, fast=(8,), fixed_shapes=True)
+        return Capabilities(
+            bits=(8,),
+            metrics=("latency", "memory"),
+            outputs="all",
+            notes=notes,
+            emulated=True,
+            fast=(8,),
+            fixed_shapes=True,
+            method=Method.COMPILED,
+        )
 
     @property
     def _host(self) -> CpuBackend:

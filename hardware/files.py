@@ -17,7 +17,7 @@ from .onnx_bits import read_bits
 from .tflite_file import input_of
 
 # Beginnings of targets that take TensorFlow Lite files.
-TAKE_TFLITE = ("arm/ethos-u",)
+TAKE_TFLITE = ("arm/ethos-u", "arm/agent")
 
 
 def read_file(path: Path, target: str) -> tuple[Artifact, Task]:
@@ -61,7 +61,7 @@ def read_file(path: Path, target: str) -> tuple[Artifact, Task]:
 
 def _read_tflite(path: Path, target: str) -> tuple[Artifact, Task]:
     if not target.startswith(TAKE_TFLITE):
-        raise InputError(f"{target} takes ONNX files; TensorFlow Lite files are for {', '.join(TAKE_TFLITE)}...")
+        raise InputError(f"{target} takes ONNX files; TensorFlow Lite files are for {' and '.join(TAKE_TFLITE)}...")
     shape, kind = input_of(path)
     if target.startswith("arm/ethos-u") and kind not in ("int8", "uint8"):
         raise InputError(f"{path}: {target} needs a file whose input is in 8-bit integers; it is {kind}")

@@ -22,6 +22,7 @@ from .operators import OperatorCall, Step, steps_in_graph
 from .tflite_file import SAME, VALID, Grid, TfOperator, TfTensor, write_model
 
 PLACEHOLDER = Grid((1.0,))
+UNIT = Grid((1 / 255,), -128)
 SIGMOID = Grid((1 / 256,), -128)  # what TensorFlow Lite asks for
 # Operators that leave values on their grid, or take the largest of some.
 KEEPING = ("Relu", "Clip", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "MaxPool", "Identity", "DequantizeLinear")
@@ -139,6 +140,8 @@ class _Converter:
             self.concat(step)
         elif call.op_type == "Sigmoid":
             self.emit("LOGISTIC", [self.value(step, 0)], step, SIGMOID)
+        elif call.op_type == "HardSigmoid":
+            self.hard_sigmoid(step)
         elif call.op_type == "HardSwish":
             self.emit("HARD_SWISH", [self.value(step, 0)], step)
         else:
@@ -254,6 +257,20 @@ class _Converter:
         options |= {"filter_h": call.kernel[0], "filter_w": call.kernel[1]}
         code = "MAX_POOL_2D" if largest else "AVERAGE_POOL_2D"
         self.emit(code, [source], step, self.tensors[source].grid, **options)
+
+    def hard_sigmoid(self, step: Step) -> None:
+        """As a product and a sum, cut off where the grid from 0 to 1 ends."""
+        settings, source = self.settings(self.makers[step.output]), self.value(step, 0)
+        slope, middle = settings.get("alpha", 0.2), settings.get("beta", 0.5)
+        before = self.tensors[source]
+        assert before.grid is not None
+        grid = Grid((before.grid.scales[0] * slope,), before.grid.zero)
+        self.tensors.append(replace(before, name=f"{step.output}.product", grid=grid))
+        product = len(self.tensors) - 1
+        one = np.ones(1, np.int8)
+        factor = self.store(f"{step.output}.slope", one, Grid((slope,)))
+        self.operators.append(TfOperator("MUL", (source, factor), (product,), (("activation", 0),)))
+        self.emit("ADD", [product, self.store("middle", one, Grid((middle,)))], step, UNIT, activation=0)
 
     def concat(self, step: Step) -> None:
         grid = self.grid(step.output, self.tensors[self.number[step.inputs[0]]].grid)

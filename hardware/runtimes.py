@@ -1,4 +1,4 @@
-"""The runtimes on x86: each opens a model file and returns a function from images to logits.
+"""The runtimes on processors: each opens a model file and returns a function from images to logits.
 
 Imports nothing of the package that loads torch: the measuring process uses this file alone.
 """
@@ -90,8 +90,35 @@ def open_tvm(path: str, batch: int | None, threads: int, bf16: bool) -> Run:
     return run
 
 
+def open_litert(path: str, batch: int | None, threads: int, bf16: bool) -> Run:
+    """Open a TensorFlow Lite file with LiteRT, or its older form tflite_runtime; inputs of a batch run one by one.
+
+    Inputs are cast to the type that the file takes.
+
+    Args:
+        bf16: ignored, as the file says what it computes in.
+    """
+    try:
+        from ai_edge_litert.interpreter import Interpreter
+    except ImportError:
+        from tflite_runtime.interpreter import Interpreter
+
+    interpreter = Interpreter(path, num_threads=threads)
+    interpreter.allocate_tensors()
+    taken, given = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
+
+    def run(images: Any) -> Any:
+        for image in images.astype(taken["dtype"], copy=False):
+            interpreter.set_tensor(taken["index"], image[None])
+            interpreter.invoke()
+        return interpreter.get_tensor(given["index"])
+
+    return run
+
+
 RUNTIMES: dict[str, Callable[[str, int | None, int, bool], Run]] = {
     "onnxruntime": open_onnxruntime,
     "openvino": open_openvino,
     "tvm": open_tvm,
+    "litert": open_litert,
 }

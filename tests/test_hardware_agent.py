@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -31,7 +32,10 @@ from autocompress.hardware.board_agent import Refused, Store
 from autocompress.hardware.board_connection import agent_archive
 from autocompress.hardware.board_state import board_name, board_state, fastest_cores
 from autocompress.hardware.board_wire import proof
+from autocompress.hardware.files import read_file
+from autocompress.hardware.onnx_to_tflite import convert
 from autocompress.hardware.targets import find_backend, make_backend
+from autocompress.hardware.tflite_file import TfTensor, write_model
 from autocompress.hardware.x86 import CpuBackend
 from autocompress.search.config import make_config
 from autocompress.search.engine import Progress
@@ -155,6 +159,36 @@ def test_files_are_built_for_the_board_and_sent_once(
     assert kept.read_bytes() == artifact.path.read_bytes()
     artifact.path.unlink()
     assert board.predict(artifact, images).shape == (3, 10)
+
+
+def test_a_board_times_tensorflow_lite_files(
+    board: AgentBackend, files: tuple[Artifact, Artifact], tmp_path: Path
+) -> None:
+    pytest.importorskip("ai_edge_litert", reason="needs LiteRT: pip install ai-edge-litert")
+    path = tmp_path / "model.tflite"
+    path.write_bytes(convert(files[1].path)[0])
+    artifact, task = read_file(path, board.name)
+    figures = {m.name: m for m in board.measure(artifact, task, None)}
+    assert set(figures) == {"latency", "throughput", "memory"}
+    assert figures["latency"].provenance.method is Method.MEASURED
+    assert figures["latency"].provenance.runtime == f"ai-edge-litert {importlib.metadata.version('ai-edge-litert')}"
+    assert 1e-6 < figures["latency"].value < 1e-2
+
+
+def test_a_board_without_litert_says_how_to_get_it(home: Path, tmp_path: Path) -> None:
+    python = tmp_path / "bare/bin/python"
+    venv.create(tmp_path / "bare", with_pip=False)
+    site = next((tmp_path / "bare/lib").glob("python*/site-packages"))
+    for name in ("numpy", "onnxruntime"):
+        for found in Path(np.__file__).parents[1].glob(f"{name}*"):
+            (site / found.name).symlink_to(found)
+    board = AgentBackend("pi@board", ssh=SHELL, python=str(python))
+    path = tmp_path / "model.tflite"
+    path.write_bytes(write_model([TfTensor("x", (1, 8))], [], [0], [0]))
+    with pytest.raises(
+        CandidateError, match=r"the board lacks LiteRT for .*model.tflite; run there: .* ai-edge-litert"
+    ):
+        board.measure(*read_file(path, board.name), None)
 
 
 @pytest.mark.usefixtures("token")

@@ -80,7 +80,8 @@ class Mixed(nn.Module):
         x = torch.relu(self.first(images))
         y = self.even(nn.functional.relu6(self.depthwise(x)))
         y = self.mean(self.pool(nn.functional.hardswish(y + self.point(y))))
-        y = torch.cat([y, y * torch.sigmoid(self.gate(y.mean((2, 3), keepdim=True)))], 1)
+        gate = self.gate(y.mean((2, 3), keepdim=True))
+        y = torch.cat([y * nn.functional.hardsigmoid(gate), y * torch.sigmoid(gate)], 1)
         return self.head(y.mean((2, 3)))
 
 

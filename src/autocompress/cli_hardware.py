@@ -44,7 +44,7 @@ def doctor() -> None:
 
 @app.command()
 def measure(
-    file: Annotated[Path, typer.Argument(help="ONNX file with one input; .tflite for arm/ethos-u...")],
+    file: Annotated[Path, typer.Argument(help="ONNX file with one input; .tflite for arm/ethos-u... and arm/agent.")],
     target: Annotated[str, typer.Option(help="Such as x86/openvino; see `hardware list`.")],
     threads: Annotated[int, _THREADS] = 0,
     as_json: Annotated[bool, _JSON] = False,
