@@ -26,7 +26,7 @@ from .statistics import Z95
 FEWEST = 5
 NOISES = (0.03, 0.06, 0.12, 0.24)  # how far latencies may be from the model's, as a share
 BLOCKS = (1, 4, 8, 16)  # output channels that kernels may compute at once
-DESIGNED_NOISE = 0.1
+DESIGNED_NOISE = 0.25
 SPARE = 5  # networks that stand in for those that can't be built or measured
 FOLDS = 20  # at most, of the cross-validation
 
@@ -88,7 +88,8 @@ def calibrate(
 
     Args:
         path: JSON file that every measurement is written to at once; measurements that it has already are not
-            taken again, so that a calibration that broke off goes on.
+            taken again, so that a calibration that broke off goes on. Only doubtful ones are, once at the end of each
+            run.
         samples: measurements; more of them begin like fewer.
         seed: of the pool.
         sources: known devices whose costs are what is expected: names of shipped boards, or files of calibrations;
@@ -128,6 +129,7 @@ def calibrate(
             continue
         state = _joined(state, entry, figure)
         _save(state, path)
+    state = _retaken(state, backend, pool, path, on_progress)
     state = dataclasses.replace(state, board=_fit(state, prior))
     _save(state, path)
     return state
@@ -149,10 +151,10 @@ def calibrate_from_table(
         InputError: the table lacks something, or a file in it can't be read.
     """
     _check_place(path)
-    rows = read_table(table, "--table").rename(columns={"seconds": "latency_s"})
+    rows = read_table(table, "--table")
     if "file" not in rows:
         raise InputError(f"{table}: expected a column file with ONNX files, got {', '.join(map(str, rows.columns))}")
-    seconds = read_latencies(rows, str(table))
+    seconds = read_latencies(rows.rename(columns={"seconds": "latency_s"}), str(table))
     if len(rows) < FEWEST:
         raise InputError(
             f"{table}: expected at least {FEWEST} measurements, got {len(rows)}; 10 to 20 are a good number"
@@ -220,8 +222,33 @@ def _joined(state: Calibration, entry: MeasuredNetwork, figure: Measurement) -> 
     if source.method is not Method.MEASURED:
         raise InputError(f"{state.target}: its latency is {source.method}; expected a target that measures it")
     if state.measured and source.device != state.device:
-        raise InputError(f"what is measured so far is of '{state.device}', not '{source.device}'; choose another file")
+        raise InputError(_other_device(state, figure))
     return dataclasses.replace(state, device=source.device, runtime=source.runtime, measured=(*state.measured, entry))
+
+
+def _retaken(
+    state: Calibration, backend: Backend, pool: Sequence[PoolNetwork], path: Path | None, on_progress: Progress | None
+) -> Calibration:
+    """The calibration with doubtful measurements taken once more; the less doubtful one of each counts."""
+    by_name = {network.name: network for network in pool}
+    for row, old in enumerate(state.measured):
+        if not old.flags or old.name not in by_name:
+            continue
+        if on_progress is not None:
+            on_progress(len(state.measured), state.samples, f"again: {old.name}")
+        new, figure = _measure(backend, by_name[old.name])
+        if figure.provenance.device != state.device:
+            raise InputError(_other_device(state, figure))
+        # Other work only ever makes a network slower.
+        better = min(old, new, key=lambda one: (len(one.flags), one.seconds))
+        state = dataclasses.replace(state, measured=(*state.measured[:row], better, *state.measured[row + 1 :]))
+        _save(state, path)
+    return state
+
+
+def _other_device(state: Calibration, figure: Measurement) -> str:
+    found = figure.provenance.device
+    return f"what is measured so far is of '{state.device}', not '{found}'; choose another file"
 
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(OperatorCall)}

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core.types import Data, Split, Task
-from .operators import OperatorCall
+from .operators import LAYER_KINDS, OperatorCall
 
 SIZES = (8, 16, 32, 64)
-# Half of these are no multiples of 8, which many kernels want: a pruned network's channels rarely are.
-CHANNELS = (8, 12, 16, 22, 26, 32, 44, 48, 54, 64, 90, 96, 128, 150, 192, 256)
+# Most layers have multiples of 8, which many kernels want; a pruned network's channels often are none.
+CHANNELS = (8, 12, 16, 22, 24, 32, 44, 48, 64, 90, 96, 128, 160, 192, 256)
 BLOCKS = ("conv3", "conv5", "conv1", "residual", "bottleneck", "inverted", "separable", "gated", "branches", "pools")
 HEADS = (0, 64, 256)  # hidden features of the classifier; 0 for none
 MOST_MACS = 1.5e8
@@ -98,9 +98,13 @@ class PoolNetwork:
     def calls(self) -> tuple[OperatorCall, ...]:
         """Its operators, as the exported file will have them but for their names; computes nothing."""
         found = _float_calls(dataclasses.replace(self, bits=32))
-        if self.bits == 8:
-            return tuple(dataclasses.replace(call, weight_bits=8, activation_bits=8) for call in found)
-        return found
+        if self.bits == 32:
+            return found
+        # What lies between two layers is mostly read in float32; only a design depends on that, never a fit.
+        return tuple(
+            dataclasses.replace(call, weight_bits=8, activation_bits=8) if call.kind in LAYER_KINDS else call
+            for call in found
+        )
 
     @property
     def _hidden_weights(self) -> int:

@@ -93,6 +93,6 @@ def calibration_lines(found: Calibration, path: Path) -> list[str]:
     ]
     if doubted:
         lines.insert(
-            2, f"{doubted} measurements are doubtful (busy machine, wide intervals); on a quiet one, start anew"
+            2, f"{doubted} measurements are doubtful (a busy machine, wide intervals); run it again to retake them"
         )
     return lines
