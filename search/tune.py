@@ -73,7 +73,7 @@ def tune_search(objective: TrialObjective, sampler: str | BaseSampler = "auto", 
     _tune()
     from ray.tune.search.optuna import OptunaSearch
 
-    space = objective.space
+    space, names = objective.space, objective.violation_names  # Tune stores the search: it must not hold the folder
 
     class Search(OptunaSearch):  # type: ignore[misc]
         """Tells Optuna of violations before the trial's values."""
@@ -82,16 +82,14 @@ def tune_search(objective: TrialObjective, sampler: str | BaseSampler = "auto", 
             trial = self._ot_trials[trial_id]
             if result and not error:
                 found = {name: result[key] for name in names if (key := f"violation/{name}") in result}
-                objective.tell_violations(trial, found)
+                TrialObjective.tell_violations(trial, found)
             super().on_trial_complete(trial_id, result, error)
 
     def choices(trial: Any) -> None:
         space(trial)
 
-    names = objective.violation_names
-    constrained = bool(names)
     if isinstance(sampler, str):
-        sampler = make_sampler(sampler, seed=seed, trials=trials, constrained=constrained)
+        sampler = make_sampler(sampler, seed=seed, trials=trials, constrained=bool(names))
     objectives = objective.study.objectives
     metric: Any = "score" if objective.scalar else [found.name for found in objectives]
     modes = ["max" if direction == "maximize" else "min" for direction in objective.directions]

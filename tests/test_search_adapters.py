@@ -128,6 +128,18 @@ def test_other_searchers_get_every_parameter_of_a_conditional_space() -> None:
     assert sorted(space["bits"].categories) == [8, 16]
 
 
+def test_what_tune_stores_and_sends_to_workers_can_be_stored_and_sent(objective: TrialObjective) -> None:
+    pytest.importorskip("ray.tune")
+    from ray import cloudpickle
+
+    from autocompress.search.tune import tune_search, tune_trainable
+
+    search = cloudpickle.loads(cloudpickle.dumps(tune_search(objective, "local", trials=3)))
+    assert search.metric == ["accuracy", "size"]
+    assert search.suggest("one") == {"kind": "untouched"}
+    assert callable(cloudpickle.loads(cloudpickle.dumps(tune_trainable(objective))))
+
+
 def test_numbers_keep_their_ranges_in_tune() -> None:
     pytest.importorskip("ray.tune")
 
