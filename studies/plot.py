@@ -62,7 +62,9 @@ def write_plot(study: Study, records: Sequence[Record], points: Sequence[Point],
     counts = {state: sum(r.state is state for r in records) for state in State}
     figure.update_layout(
         title=f"{study.folder.name}: {y} against {x}<br><sup>{len(records)} trials, {counts[State.FAILED]} failed, "
-        f"{counts[State.INFEASIBLE]} outside a constraint; bars: 95 % intervals"
+        f"{counts[State.INFEASIBLE]} outside a constraint"
+        f"{f', {counts[State.STOPPED]} stopped before their full training' if counts[State.STOPPED] else ''}"
+        "; bars: 95 % intervals"
         f"{'; crossed: not on the front of the test split' if crossed else ''}</sup>",
         xaxis_title=factors.x_title,
         yaxis_title=factors.y_title,
