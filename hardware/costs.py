@@ -24,7 +24,7 @@ COLUMNS = (
 _PARTS = {"calls": 1e-5, "macs": 1e-10, "bytes": 2e-10}  # seconds on a middling processor core
 # Standard deviations of the logarithm of a cost: of all of a device together, of all calls, MACs or bytes together,
 # of the float and the 8-bit form of one kind of layer, and of each alone.
-_COMMON, _PART, _KIND, _ALONE = 2.0, 1.0, 0.3, 0.3
+_COMMON, _PART, _KIND, _ALONE = 2.0, 1.0, 0.5, 0.5
 _OF_KIND = {"global_pool": "pool", "multiply": "add", "matmul": "linear", **{kind: kind for kind in ("pool", "add")}}
 _FREE = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")  # runtimes move no values for these
 # How many times as much as in the fitted networks still counts as among them: channels and pixels, sums of a kind.

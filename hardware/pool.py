@@ -211,8 +211,10 @@ def _block(name: str, width: int) -> nn.Module:
     half = width // 2
     if name == "branches":
         return Branches(_conv(width, half, 1), _conv(width, width - half, 3))
-    pools = Branches(nn.Sequential(_conv(width, half, 1), nn.AvgPool2d(3, 1, 1)), nn.MaxPool2d(3, 1, 1))
-    return nn.Sequential(pools, _conv(width + half, width, 1))
+    # Runtimes have slow kernels, tens of times so, for averages of channels that are no multiple of 16.
+    pooled = max(16, half // 16 * 16)
+    pools = Branches(nn.Sequential(_conv(width, pooled, 1), nn.AvgPool2d(3, 1, 1)), nn.MaxPool2d(3, 1, 1))
+    return nn.Sequential(pools, _conv(width + pooled, width, 1))
 
 
 _KINDS: dict[type[nn.Module], tuple[str, str]] = {
