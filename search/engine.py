@@ -56,7 +56,7 @@ class _Known:
     """An answered candidate: what a repeat of it is told, and how its parameters are recorded once more."""
 
     values: list[float] | None
-    violations: list[float]
+    violations: list[float | None]
     state: State
     fidelity: float
     distributions: Mapping[str, BaseDistribution]
@@ -149,10 +149,9 @@ class Engine:
         evaluation = self._checked(evaluation)
         evaluation = dataclasses.replace(evaluation, baseline=self._names.get(evaluation.candidate.key, ""))
         self.study.write(evaluation, params)
-        violations = [v for v in evaluation.violations if v is not None]
         values = self._scored(self.study.known_values(evaluation), evaluation.measurements)
         candidate = evaluation.candidate
-        known = _Known(values, violations, evaluation.state, candidate.fidelity, params or {})
+        known = _Known(values, list(evaluation.violations), evaluation.state, candidate.fidelity, params or {})
         self._learn(candidate.key, known, candidate)
         self.progress.steps += evaluation.steps
         return evaluation
@@ -166,7 +165,7 @@ class Engine:
             self.progress.stopped -= before.state is State.STOPPED
         self._count(known.state)
         if known.state is State.STOPPED and known.values is not None and candidate is not None:
-            self._ladder.add(candidate, known.values, known.violations)
+            self._ladder.add(candidate, known.values, _found(known))
         else:
             self._ladder.leave(key)
 
@@ -288,8 +287,7 @@ class Engine:
         record = read_record(trial, self.study.folder)
         stopped = record.state is State.STOPPED
         values = self._scored(self.study.values(record.metrics) if stopped else trial.values, record.metrics)
-        violations = [v for v in record.violations if v is not None]
-        known = _Known(values, violations, record.state, record.fidelity, trial.distributions)
+        known = _Known(values, list(record.violations), record.state, record.fidelity, trial.distributions)
         candidate = Candidate(decode_plan(record.plan), trial.params, record.fidelity) if stopped else None
         self._learn(record.key, known, candidate)
         self.progress.steps += record.steps or 0
@@ -306,7 +304,7 @@ class Engine:
                 params=dict(params),
                 distributions=dict(known.distributions),
                 user_attrs=_attributes(known),
-                system_attrs={"constraints": known.violations} if known.violations else {},
+                system_attrs={"constraints": _found(known)} if _found(known) else {},
             )
         )
 
@@ -345,6 +343,11 @@ class Engine:
     def _show(self, evaluation: Evaluation | None) -> None:
         self.progress.running = self._running()
         self.on_change(self.progress, evaluation)
+
+
+def _found(known: _Known) -> list[float]:
+    """The violations that are known."""
+    return [violation for violation in known.violations if violation is not None]
 
 
 def _attributes(known: _Known) -> dict[str, Any]:
