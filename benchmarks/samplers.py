@@ -145,7 +145,7 @@ def run_one(problem: Problem, name: str, seed: int, trials: int, workers: int) -
     }
 
 
-def judge(problem: Problem, ended: Sequence[int]) -> dict[str, Any]:
+def judge(problem: Problem, ended: Sequence[int], checkpoints: Sequence[int] = CHECKPOINTS) -> dict[str, Any]:
     """Hypervolume after each evaluation that matters, and the share of the true front that was found."""
     values, reference = problem.values, problem.values.max(axis=0)
     true = values[moocore.is_nondominated(values)]
@@ -158,7 +158,7 @@ def judge(problem: Problem, ended: Sequence[int]) -> dict[str, Any]:
     reached = {share: next((n for n, h in enumerate(found, 1) if h >= share), None) for share in SHARES}
     points = {tuple(row) for row in values[list(ended)]}
     return {
-        "hypervolumes": {count: found[count - 1] for count in CHECKPOINTS if count <= len(found)}
+        "hypervolumes": {count: found[count - 1] for count in checkpoints if count <= len(found)}
         or {len(found): found[-1]},
         "evaluations_to": {str(share): count for share, count in reached.items()},
         "front_found": float(np.mean([tuple(row) in points for row in np.unique(true, axis=0)])),

@@ -197,7 +197,7 @@ class AutoSampler(BaseSampler):
         """Before the models: the best that earlier studies found, then candidates far from each other."""
         best = _unseen(activity.apply(self._belief.first_rows(self._encoding, _signs(study))), seen)
         if len(best):
-            return np.asarray(best[self._rng.integers(len(best))])
+            return np.asarray(best[0])
         return self._spread(taken, activity, seen)
 
     def _spread(self, taken: np.ndarray, activity: Activity, seen: set[bytes]) -> np.ndarray:

@@ -102,6 +102,10 @@ class _Quantity:
         mean, deviation = self.process.predict(points)
         return mean * self.scale + self.centre, deviation * self.scale
 
+    def evidence(self, count: int) -> float:
+        """Logarithm of the density of the `count` values, but for a constant."""
+        return self.process.evidence - count * float(np.log(self.scale))
+
 
 class Belief:
     """Models that learn from a study's trials as they come."""
@@ -120,14 +124,25 @@ class Belief:
         return bool(self.priors)
 
     def first_rows(self, encoding: Encoding, sign: np.ndarray) -> np.ndarray:
-        """The fronts of the earlier studies."""
+        """The fronts of the earlier studies, in turns, each in an order that covers it soon."""
         found = [np.empty((0, len(encoding.columns)))]
         for prior in self.priors:
             values = prior.values * sign
             shared = ~np.isnan(values).all(axis=0)
             if shared.any():
                 best = np.flatnonzero(domination_counts(np.nan_to_num(values[:, shared], nan=np.inf)) == 0)
-                found.append(np.array([encoding.row(prior.params[int(place)]) for place in best]))
+                order = best[spread_along(values[best][:, shared], len(best))]
+                found.append(np.array([encoding.row(prior.params[int(place)]) for place in order]))
+        turns = np.concatenate([np.arange(len(rows)) for rows in found])
+        return np.concatenate(found)[np.argsort(turns, kind="stable")]
+
+    def _worst_rows(self, seen: Observations) -> np.ndarray:
+        """For each objective what was worst in the earlier studies."""
+        found = [np.empty((0, len(seen.encoding.columns)))]
+        for prior in self.priors:
+            values = prior.values * seen.sign
+            for column in values.T[~np.isnan(values).all(axis=0)]:
+                found.append(seen.encoding.row(prior.params[int(np.nanargmax(column))])[None, :])
         return np.concatenate(found)
 
     def learn(self, seen: Observations) -> Worth:
@@ -143,10 +158,11 @@ class Belief:
             points = _points(seen, rows)
             mean, deviation = np.empty((len(rows), objectives)), np.zeros((len(rows), objectives))
             for j, model in enumerate(models):
-                earlier = self._expected(seen, j, rows)
                 if model is not None:
                     mean[:, j], deviation[:, j] = model.predict(points)
+                    earlier, doubt = self._expected(seen, j, rows)
                     mean[:, j] += earlier
+                    deviation[:, j] = np.hypot(deviation[:, j], doubt)
                     continue
                 values = np.asarray(self._known[j]([seen.encoding.params(row) for row in rows]), float) * seen.sign[j]
                 mean[:, j] = np.log(values) if logs[j] else values
@@ -162,10 +178,14 @@ class Belief:
             running, expected = _points(seen, seen.running), mean[: len(seen.running)]
             for j, model in enumerate(models):
                 if model is not None:
-                    apart = expected[:, j] - self._expected(seen, j, seen.running)
+                    apart = expected[:, j] - self._expected(seen, j, seen.running)[0]
                     models[j] = self._objective(seen, j, chosen, logs[j], (running, apart))
         points = np.concatenate(believed)
         everything = np.concatenate([seen.values[seen.complete], *believed[1:]])
+        if len(bad := self._worst_rows(seen)):
+            # Trials that begin on an earlier front do not show how far the objectives reach.
+            mean, _ = predict(bad)
+            everything = np.concatenate([everything, np.where(logs, np.exp(np.where(logs, mean, 0.0)), mean)])
         worst, best = everything.max(axis=0), everything.min(axis=0)
         reference = worst + 1e-3 * np.maximum(worst - best, 1e-9 * np.maximum(np.abs(worst), 1.0))
         front = nondominated_rows(points) if len(points) else points
@@ -208,8 +228,17 @@ class Belief:
         if self.priors and believed is None:
             self._weigh(seen, objective, chosen, values, log)
         points = _points(seen, seen.rows[chosen], seen.fidelity[chosen])
-        values = values - self._expected(seen, objective, seen.rows[chosen])
-        return self._quantity(f"objective {objective}", seen, points, values, log, believed)
+        alone = f"objective {objective}"
+        if objective not in self._shares:
+            return self._quantity(alone, seen, points, values, log, believed)
+        left = values - self._expected(seen, objective, seen.rows[chosen])[0]
+        found = self._quantity(f"{alone} after others", seen, points, left, log, believed)
+        if believed is None:
+            without = self._quantity(alone, seen, points, values, log)
+            if without.evidence(len(values)) > found.evidence(len(values)):
+                del self._shares[objective]
+                return without
+        return found
 
     def _limit(self, seen: Observations, column: int) -> _Quantity | None:
         """A model of how far a constraint is violated, None while too little is known."""
@@ -296,13 +325,20 @@ class Belief:
         process = GaussianProcess(points, owner, standard, found)
         return _Quantity(log, centre, scale, process, len(seen.encoding.columns))
 
-    def _expected(self, seen: Observations, objective: int, rows: np.ndarray) -> np.ndarray | float:
-        """What earlier studies make one expect, as far as this study's own trials bear it out; 0 without any."""
+    def _expected(
+        self, seen: Observations, objective: int, rows: np.ndarray
+    ) -> tuple[np.ndarray | float, np.ndarray | float]:
+        """What earlier studies make one expect, as far as this study's own trials bear it out; and how unsure they are.
+
+        0 without any.
+        """
         if objective not in self._shares:
-            return 0.0
+            return 0.0, 0.0
         models, share = self._shares[objective]
         points = seen.encoding.embed(rows)
-        return np.asarray(np.column_stack([model.mean(points) for model in models]) @ share)
+        found = [model.predict(points) for model in models]
+        mean = np.column_stack([mean for mean, _ in found]) @ share
+        return mean, np.sqrt(np.column_stack([deviation**2 for _, deviation in found]) @ share**2)
 
 
 def _points(seen: Observations, rows: np.ndarray, fidelity: np.ndarray | None = None) -> np.ndarray:
@@ -334,3 +370,21 @@ def domination_counts(values: np.ndarray) -> np.ndarray:
         no_worse &= column[:, None] <= column[None, :]
         better |= column[:, None] < column[None, :]
     return np.asarray((no_worse & better).sum(axis=0))
+
+
+def spread_along(values: np.ndarray, count: int) -> list[int]:
+    """Places of up to `count` rows of (n, objectives): the first objective's best, then always the farthest from all.
+
+    Distances are in units of each objective's range, as nothing else is known about what a difference is worth.
+    """
+    if not len(values) or count < 1:
+        return []
+    low, high = values.min(axis=0), values.max(axis=0)
+    points = (values - low) / np.where(high > low, high - low, 1.0)
+    chosen = [int(np.argmin(values[:, 0]))]
+    nearest = ((points - points[chosen[0]]) ** 2).sum(axis=1)
+    while len(chosen) < min(count, len(values)):
+        nearest[chosen] = -1.0
+        chosen.append(int(np.argmax(nearest)))
+        nearest = np.minimum(nearest, ((points - points[chosen[-1]]) ** 2).sum(axis=1))
+    return chosen

@@ -50,6 +50,9 @@ class GaussianProcess:
         embedded: (n, columns) observed points; squared distances between rows are those of the parameters.
         owner: (columns,) index of the parameter that each column belongs to.
         values: (n,) observed, standardised.
+
+    Attributes:
+        evidence: logarithm of the observations' density, but for a constant.
     """
 
     def __init__(self, embedded: np.ndarray, owner: np.ndarray, values: np.ndarray, found: Hyperparameters) -> None:
@@ -60,6 +63,7 @@ class GaussianProcess:
         covariance[np.diag_indices_from(covariance)] += found.noise + JITTER
         self._factor = cholesky(covariance, lower=True, check_finite=False)
         self._solution = cho_solve((self._factor, True), values, check_finite=False)
+        self.evidence = float(-0.5 * values @ self._solution - np.log(np.diag(self._factor)).sum())
 
     def mean(self, embedded: np.ndarray) -> np.ndarray:
         """Mean at (m, columns) points."""

@@ -27,11 +27,12 @@ from ..evaluators.objectives import find_objective, joint_names
 from ..evaluators.reuse import EarlierFile
 from ..evaluators.scalar import Scalar
 from ..studies.study import Record, Study
-from .belief import Prior, domination_counts
+from .belief import Prior, domination_counts, spread_along
 from .config import SearchConfig
 
 LOOKS, LOOK_SECONDS = 100, 3.0  # calls of a space to learn its parameters
 STARTS = 4  # one trial in so many, at most, goes to candidates of earlier runs
+ENOUGH = 8  # of these for a sampler that learns from the rest by itself
 IMAGES = 4096  # inputs of a split that its fingerprint reads
 FINGERPRINT = "task.json"
 
@@ -208,24 +209,6 @@ def _plan_at(space: Space, params: Mapping[str, Any], like: Sequence[Mapping[str
     return plan_key(plan)
 
 
-def spread_along(values: np.ndarray, count: int) -> list[int]:
-    """Places of up to `count` rows of (n, objectives): the first objective's best, then always the farthest from all.
-
-    Distances are in units of each objective's range, as nothing else is known about what a difference is worth.
-    """
-    if not len(values) or count < 1:
-        return []
-    low, high = values.min(axis=0), values.max(axis=0)
-    points = (values - low) / np.where(high > low, high - low, 1.0)
-    chosen = [int(np.argmin(values[:, 0]))]
-    nearest = ((points - points[chosen[0]]) ** 2).sum(axis=1)
-    while len(chosen) < min(count, len(values)):
-        nearest[chosen] = -1.0
-        chosen.append(int(np.argmax(nearest)))
-        nearest = np.minimum(nearest, ((points - points[chosen[-1]]) ** 2).sum(axis=1))
-    return chosen
-
-
 @dataclass(frozen=True)
 class WarmStart:
     """What a search makes of earlier runs.
@@ -253,10 +236,12 @@ def warm_start(config: SearchConfig, runs: Sequence[Earlier], space: Space, scal
     directions = [find_objective(name).direction for name in names]
     parameters = parameters_of(space, config.seed)
     priors = tuple(make_prior(run, parameters, names, scalar) for run in runs)
-    starts, misfits = start_points(runs, space, names, directions, config.trials // STARTS)
-    told = f"warm start: {len(starts)} candidates of earlier runs come first"
+    learns = config.sampler == "auto"
+    count = min(config.trials // STARTS, ENOUGH if learns else config.trials)
+    starts, misfits = start_points(runs, space, names, directions, count)
+    told = f"warm start: {len(starts)} candidate{'s' if len(starts) != 1 else ''} of earlier runs first"
     told += f" ({misfits} on their fronts do not fit this space)" if misfits else ""
-    if config.sampler == "auto":
+    if learns:
         told += f", the sampler learns from {sum(len(prior.params) for prior in priors)} trials"
     else:
         told += f"; that is all, as sampler {config.sampler} can't learn from other runs (--sampler auto does)"
