@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ def join_ray(address: str | None, cores: float) -> bool:
 
     if ray.is_initialized():
         return False
+    check_address(address)
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
         settings |= {"num_cpus": cores, "include_dashboard": False, "_node_ip_address": LOOPBACK}
@@ -51,6 +53,27 @@ def join_ray(address: str | None, cores: float) -> bool:
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"can't start or join Ray: {str(error).splitlines()[0]}") from error
     return True
+
+
+def check_address(address: str | None) -> None:
+    """Whether anything answers at a cluster's address: Ray itself tries for many minutes.
+
+    Raises:
+        InputError: nothing does, or it is no address.
+    """
+    if address is None or address == "auto":
+        return
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        raise InputError(
+            f"address: expected HOST:PORT, or auto for a cluster that this machine is part of, not '{address}'"
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"address: nothing answers at {address} ({error}); is `ray start --head` running there?"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from ..studies.point import make_folder
 from ..studies.report import write_reports
 from ..studies.study import Record, Study
 from ..tasks.data import example_input
+from .cluster import check_address
 from .config import SearchConfig, load_config, make_config, save_config
 from .engine import Engine, Progress
 from .executors import Executor, InlineExecutor, make_ray_executor
@@ -160,6 +161,8 @@ def resume_search(
 
 
 def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | None, watcher: Watcher) -> Study:
+    if config.executor == "ray":
+        check_address(config.address)
     backends = [make_backend(target, config.threads) for target in config.targets]
     constraints = tuple(parse_constraint(text) for text in config.constraints)
     for backend in backends:

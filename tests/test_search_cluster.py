@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from autocompress import InputError, Prune
+from autocompress import InputError, Prune, run_search
 from autocompress.core.types import Candidate, Chooser, Evaluation, Measurement, Method, Plan, Provenance, State
 from autocompress.evaluators.objectives import Objective
 from autocompress.search.config import make_config
@@ -152,6 +152,15 @@ def test_a_node_holds_as_many_workers_as_its_scarcest_resource_allows() -> None:
     assert parse_resources("cpu=2,mem=2GB").count(has) == 2
     assert parse_resources("board=1").count(has) == 1
     assert parse_resources("other=1").count(has) == 0
+
+
+@pytest.mark.parametrize(
+    ("address", "told"), [("127.0.0.1:1", "nothing answers at 127.0.0.1:1"), ("here", "HOST:PORT")]
+)
+def test_an_address_without_a_cluster_is_told_at_once(address: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=told):
+        run_search(address=address, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
