@@ -19,7 +19,6 @@ from ..core.errors import CandidateError, InputError
 from ..core.types import Artifact, Backend, Measurement, Method, Provenance, Task
 from .device import cpu_fingerprint, provenance
 from .files import read_file
-from .gpu import GpuBackend
 from .lookup import describe, operator_key
 from .operator_times import OperatorTimes, operators_and_owners
 from .operators import OperatorCall
@@ -35,8 +34,6 @@ def check_profiled(backend: Backend) -> None:
     able = backend.capabilities
     if isinstance(backend, CpuBackend):
         return
-    if isinstance(backend, GpuBackend) and backend.runtime == "torch":
-        raise InputError("profile: gpu/torch runs no ONNX files; profile gpu/onnxruntime or gpu/tensorrt")
     if "latency" not in able.metrics:
         raise InputError(f"profile: {backend.name} gives no latency; it gives {', '.join(able.metrics) or 'nothing'}")
     if able.method not in (Method.MEASURED, Method.COMPILED):

@@ -109,6 +109,8 @@ def build_untrained(plan: Plan, task: Task, backend: Backend, folder: Path) -> A
     # Written elsewhere and moved: a killed process must leave no half of a file.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         artifact = backend.build(model, task, Path(scratch))
+        if artifact.path.suffix != path.suffix:
+            raise InputError(f"profile: {backend.name} runs no ONNX files, which operators are read from")
         place.mkdir(parents=True, exist_ok=True)
         return dataclasses.replace(artifact, path=artifact.path.replace(path))
 
