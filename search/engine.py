@@ -130,7 +130,9 @@ class Engine:
                     self.executor.submit(candidate)
                 # Nothing to do, that is; workers that are yet to come are waited for.
                 if not self._running() and (late or idle):
-                    break
+                    if late or exhausted or not self._others_are_at_it():
+                        break
+                    time.sleep(1)
                 for evaluation in self.executor.wait(0.5):
                     self._finish(evaluation)
                 self._show(None)
@@ -246,6 +248,10 @@ class Engine:
     def _claim(self, candidate: Candidate) -> bool:
         """Whether the candidate is this search's to evaluate; always, where no other writes into the study."""
         return self._claims is None or self._claims.take(piece_of(candidate))
+
+    def _others_are_at_it(self) -> bool:
+        """Whether the rest of the budget is being evaluated by other searches, one of which may yet be killed."""
+        return self._claims is not None and self.progress.trials < self.trials and self._claims.elsewhere() > 0
 
     def _hear(self) -> None:
         """Take in what other searches have found in the study meanwhile."""
