@@ -272,7 +272,8 @@ class Evaluator:
         if earlier.artifact.runtime != self.backend.name and not self._would_write(artifact, model, candidate, first):
             drop_file(artifact.path)
             return None
-        accuracy = known_accuracy(earlier, self._source(candidate.plan))
+        untouched = self.baseline.measurements if self.baseline else {}
+        accuracy = known_accuracy(earlier, self._source(candidate.plan), untouched)
         note(f"{earlier.name}; accuracy {'of that run' if accuracy else 'computed anew'}")
         self._size(artifact, found)
         found.update(accuracy or self.accuracy(artifact, candidate.plan, "search"))

@@ -16,7 +16,7 @@ from .adaptive import is_exit_rate
 if TYPE_CHECKING:
     import onnx
 
-TRAINED = ("accuracy", "loss", "calibration_error", "parity")  # figures of the file and of what runs it
+SCORES = ("accuracy", "loss", "calibration_error")
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,19 @@ def _shape_of(model: onnx.ModelProto) -> bytes:
     return bytes(model.SerializeToString(deterministic=True))
 
 
-def known_accuracy(earlier: EarlierFile, source: Provenance) -> dict[str, Measurement]:
-    """The accuracy figures that the same runtime found on the same kind of machine; {} where it was another."""
-    found = {name: earlier.metrics[name] for name in TRAINED if name in earlier.metrics}
-    same = {(m.provenance.method, m.provenance.device, m.provenance.runtime) for m in found.values()}
-    accuracies = {(source.method, source.device, source.runtime)}
-    return found if "accuracy" in found and same == accuracies else {}
+def known_accuracy(
+    earlier: EarlierFile, source: Provenance, untouched: Mapping[str, Measurement]
+) -> dict[str, Measurement]:
+    """The accuracy figures that the same runtime found on the same kind of machine; {} where it was another.
+
+    Args:
+        source: of an accuracy computed here.
+        untouched: what the untouched model came to here; latencies name the runtime's version.
+    """
+    found = {name: earlier.metrics[name] for name in SCORES if name in earlier.metrics}
+    sources = {(m.provenance.method, m.provenance.device, m.provenance.runtime) for m in found.values()}
+    versions = {m["latency"].provenance.runtime if "latency" in m else "" for m in (earlier.metrics, untouched)}
+    same = sources == {(source.method, source.device, source.runtime)} and len(versions) == 1
+    if not same or "accuracy" not in found:
+        return {}
+    return found | {name: m for name, m in earlier.metrics.items() if name == "parity"}

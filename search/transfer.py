@@ -218,7 +218,6 @@ class WarmStart:
         lines: what to tell the user.
     """
 
-    runs: tuple[Earlier, ...]
     space: Space
     priors: tuple[Prior, ...]
     lines: tuple[str, ...]
@@ -231,7 +230,7 @@ def warm_start(config: SearchConfig, runs: Sequence[Earlier], space: Space, scal
         InputError: a run shares no parameter with the space.
     """
     if not runs:
-        return WarmStart((), space, (), ())
+        return WarmStart(space, (), ())
     names = joint_names(config.objectives, config.targets)
     directions = [find_objective(name).direction for name in names]
     parameters = parameters_of(space, config.seed)
@@ -245,7 +244,7 @@ def warm_start(config: SearchConfig, runs: Sequence[Earlier], space: Space, scal
         told += f", the sampler learns from {sum(len(prior.params) for prior in priors)} trials"
     else:
         told += f"; that is all, as sampler {config.sampler} can't learn from other runs (--sampler auto does)"
-    return WarmStart(tuple(runs), StartingSpace(space, starts), priors, (told,))
+    return WarmStart(StartingSpace(space, starts), priors, (told,))
 
 
 class StartingSpace:
