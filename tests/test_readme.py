@@ -32,8 +32,8 @@ def smaller(line: str) -> list[str]:
     words = shlex.split(line)
     if words[1] != "search":
         return words
-    executor = [] if "--workers" in words else ["--executor", "inline"]
-    return [*words, *executor, "--trials", "4", "--finetune-steps", "20", "--verify-time", "0"]
+    budget = ["--trials", "4"] if "--workers" in words else ["--executor", "inline", "--trials", "3"]
+    return [*words, *budget, "--finetune-steps", "20", "--verify-time", "0"]
 
 
 PYTHON = dict(zip(("run", "space", "plan"), snippets("python"), strict=True))
