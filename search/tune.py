@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -71,12 +72,13 @@ def tune_search(objective: TrialObjective, sampler: str | BaseSampler = "auto", 
         trials: `num_samples` of the `TuneConfig`.
     """
     _tune()
+    from ray import cloudpickle
     from ray.tune.search.optuna import OptunaSearch
 
     space, names = objective.space, objective.violation_names  # Tune stores the search: it must not hold the folder
 
     class Search(OptunaSearch):  # type: ignore[misc]
-        """Tells Optuna of violations before the trial's values."""
+        """Tells Optuna of violations before the trial's values, and can be stored whatever the space is made of."""
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             trial = self._ot_trials[trial_id]
@@ -84,6 +86,9 @@ def tune_search(objective: TrialObjective, sampler: str | BaseSampler = "auto", 
                 found = {name: result[key] for name in names if (key := f"violation/{name}") in result}
                 TrialObjective.tell_violations(trial, found)
             super().on_trial_complete(trial_id, result, error)
+
+        def save(self, checkpoint_path: str) -> None:
+            Path(checkpoint_path).write_bytes(cloudpickle.dumps(vars(self)))  # as Tune's own, but for local functions
 
     def choices(trial: Any) -> None:
         space(trial)

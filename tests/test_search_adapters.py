@@ -128,7 +128,9 @@ def test_other_searchers_get_every_parameter_of_a_conditional_space() -> None:
     assert sorted(space["bits"].categories) == [8, 16]
 
 
-def test_what_tune_stores_and_sends_to_workers_can_be_stored_and_sent(objective: TrialObjective) -> None:
+def test_what_tune_stores_and_sends_to_workers_can_be_stored_and_sent(
+    objective: TrialObjective, tmp_path: Path
+) -> None:
     pytest.importorskip("ray.tune")
     from ray import cloudpickle
 
@@ -137,6 +139,12 @@ def test_what_tune_stores_and_sends_to_workers_can_be_stored_and_sent(objective:
     search = cloudpickle.loads(cloudpickle.dumps(tune_search(objective, "local", trials=3)))
     assert search.metric == ["accuracy", "size"]
     assert search.suggest("one") == {"kind": "untouched"}
+    search.on_trial_complete("one", {"accuracy": 0.9, "size": 5.0, "violation/size<=40%": 1.5})
+    search.save(str(tmp_path / "search"))
+    again = tune_search(objective, "local", trials=3)
+    again.restore(str(tmp_path / "search"))
+    (trial,) = again._ot_study.trials
+    assert (trial.values, trial.constraints) == ([0.9, 5.0], {"size<=40%": 1.5})
     assert callable(cloudpickle.loads(cloudpickle.dumps(tune_trainable(objective))))
 
 
