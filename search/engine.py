@@ -212,7 +212,10 @@ class Engine:
                 self.progress.repeats += 1
                 in_a_row += 1
             elif not self._claim(candidate):
-                self._elsewhere.setdefault(candidate.key, []).append(trial)
+                if candidate.key in self._known:  # by now
+                    self._tell(trial, self._known[candidate.key])
+                else:
+                    self._elsewhere.setdefault(candidate.key, []).append(trial)
                 self.progress.repeats += 1
                 in_a_row += 1
             else:
@@ -247,7 +250,16 @@ class Engine:
 
     def _claim(self, candidate: Candidate) -> bool:
         """Whether the candidate is this search's to evaluate; always, where no other writes into the study."""
-        return self._claims is None or self._claims.take(piece_of(candidate))
+        if self._claims is None:
+            return True
+        if not self._claims.take(piece_of(candidate)):
+            return False
+        self._hear()  # it may have been recorded, and then given free, since the last time
+        known = self._known.get(candidate.key)
+        if known is None or known.fidelity < candidate.fidelity:
+            return True
+        self._claims.drop(piece_of(candidate))
+        return False
 
     def _others_are_at_it(self) -> bool:
         """Whether the rest of the budget is being evaluated by other searches, one of which may yet be killed."""
