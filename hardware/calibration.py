@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ FEWEST = 5
 # How far latencies are from the model's, as a share. Chosen from a dozen networks by cross-validation it comes out too
 # large, since each of them tells something that no other does, and then costs stay near what is expected of any device.
 NOISE = 0.06
+WIDE = 0.1  # width of an interval, as a share of the latency, from which a measurement is taken again
 BLOCKS = (1, 4, 8, 16)  # output channels that kernels may compute at once
 DESIGNED_NOISE = 0.25
 SPARE = 5  # networks that stand in for those that can't be built or measured
@@ -43,7 +45,8 @@ class MeasuredNetwork:
         name: of a designed one, `PoolNetwork.name`; of another, its file.
         seconds: its latency.
         calls: its operators as they were exported.
-        flags: of the measurement, see `Provenance`.
+        flags: of the measurement, see `Provenance`. A busy machine alone hardly moves a median; a wide interval tells
+            where it did.
     """
 
     name: str
@@ -51,6 +54,11 @@ class MeasuredNetwork:
     ci95: tuple[float, float] | None
     calls: tuple[OperatorCall, ...]
     flags: tuple[str, ...] = ()
+
+    @property
+    def width(self) -> float:
+        """Of the interval, as a share of the latency; 0 where unknown."""
+        return (self.ci95[1] - self.ci95[0]) / self.seconds if self.ci95 else 0.0
 
 
 @dataclass(frozen=True)
@@ -90,8 +98,8 @@ def calibrate(
 
     Args:
         path: JSON file that every measurement is written to at once; measurements that it has already are not
-            taken again, so that a calibration that broke off goes on. Only doubtful ones are, once at the end of each
-            run.
+            taken again, so that a calibration that broke off goes on. Only those with wide intervals are, once at the
+            end of each run.
         samples: measurements; more of them begin like fewer.
         seed: of the pool.
         sources: known devices whose costs are what is expected: names of shipped boards, or files of calibrations;
@@ -231,10 +239,10 @@ def _joined(state: Calibration, entry: MeasuredNetwork, figure: Measurement) -> 
 def _retaken(
     state: Calibration, backend: Backend, pool: Sequence[PoolNetwork], path: Path | None, on_progress: Progress | None
 ) -> Calibration:
-    """The calibration with doubtful measurements taken once more; the less doubtful one of each counts."""
+    """The calibration with measurements of wide intervals taken once more; narrow ones count before fast ones."""
     by_name = {network.name: network for network in pool}
     for row, old in enumerate(state.measured):
-        if not old.flags or old.name not in by_name:
+        if old.width <= WIDE or old.name not in by_name:
             continue
         if on_progress is not None:
             on_progress(len(state.measured), state.samples, f"again: {old.name}")
@@ -242,7 +250,7 @@ def _retaken(
         if figure.provenance.device != state.device:
             raise InputError(_other_device(state, figure))
         # Other work only ever makes a network slower.
-        better = min(old, new, key=lambda one: (len(one.flags), one.seconds))
+        better = min(old, new, key=lambda one: (one.width > WIDE, one.seconds))
         state = dataclasses.replace(state, measured=(*state.measured[:row], better, *state.measured[row + 1 :]))
         _save(state, path)
     return state
@@ -346,7 +354,8 @@ def _fit(state: Calibration, prior: CostPrior) -> Board:
     """The latency model, with errors of each network predicted from the others."""
     networks = [entry.calls for entry in state.measured]
     latencies = np.array([entry.seconds for entry in state.measured])
-    ways = [_held_out(networks, latencies, prior, block) for block in BLOCKS]
+    noise = np.array([math.hypot(NOISE, entry.width / 2) for entry in state.measured])
+    ways = [_held_out(networks, latencies, prior, block, noise) for block in BLOCKS]
     best = max(ways, key=lambda way: way.likelihood)
     count = len(latencies)
     # Held-out networks say how much wider than the model's own the intervals must be; few of them say so vaguely.
@@ -354,7 +363,7 @@ def _fit(state: Calibration, prior: CostPrior) -> Board:
     factor = _factor(squares)
     # Each network's interval as the others would have made it.
     inside = [abs(miss) <= _factor(np.delete(squares, row)) for row, miss in enumerate(best.scaled)]
-    log_costs, covariance = fit_costs(best.features, latencies, prior, NOISE)
+    log_costs, covariance = fit_costs(best.features, latencies, prior, noise)
     int8 = any(is_int8(call) for calls in networks for call in calls)
     seen = seen_in(networks, latencies.tolist(), int8=True)
     widened = covariance * (factor / Z95) ** 2
@@ -368,11 +377,13 @@ def _fit(state: Calibration, prior: CostPrior) -> Board:
     return Board(state.device, model, errors, f"{count} networks, {state.target or 'measured'} {state.runtime}")
 
 
-def _held_out(networks: Sequence[Sequence[OperatorCall]], latencies: np.ndarray, prior: CostPrior, block: int) -> _Fit:
+def _held_out(
+    networks: Sequence[Sequence[OperatorCall]], latencies: np.ndarray, prior: CostPrior, block: int, noise: np.ndarray
+) -> _Fit:
     features = call_features(networks, int8=True, block=block)
     groups = np.arange(len(latencies)) % FOLDS
-    predicted, deviations = held_out(features, latencies, groups, prior, NOISE)
-    spread = np.hypot(deviations, NOISE)
+    predicted, deviations = held_out(features, latencies, groups, prior, noise)
+    spread = np.hypot(deviations, noise)
     scaled = np.log(latencies / predicted) / spread
     likelihood = float(-(0.5 * scaled**2 + np.log(spread)).sum())
     return _Fit(block, features, predicted, scaled, likelihood)

@@ -249,7 +249,7 @@ def cost_prior(known: Sequence[LatencyModel] = ()) -> CostPrior:
 
 
 def fit_costs(
-    features: np.ndarray, latencies: np.ndarray, prior: CostPrior, noise: float
+    features: np.ndarray, latencies: np.ndarray, prior: CostPrior, noise: float | np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Most likely logarithms of the costs and their covariance (Laplace's approximation).
 
@@ -259,7 +259,7 @@ def fit_costs(
     Args:
         features: (networks, len(COLUMNS)).
         latencies: seconds, (networks,).
-        noise: standard deviation of the logarithm of one latency.
+        noise: standard deviation of the logarithm of one latency, one for all or for each.
     """
     from scipy.optimize import least_squares
 
@@ -308,7 +308,7 @@ def _deviation(shares: np.ndarray, covariance: np.ndarray) -> np.ndarray:
 
 
 def held_out(
-    features: np.ndarray, latencies: np.ndarray, groups: np.ndarray, prior: CostPrior, noise: float
+    features: np.ndarray, latencies: np.ndarray, groups: np.ndarray, prior: CostPrior, noise: float | np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Latencies predicted by models that were fitted without the network's group, each (networks,).
 
@@ -319,9 +319,10 @@ def held_out(
         Seconds, and the standard deviations of their logarithms that uncertain costs make.
     """
     predicted, deviations = np.zeros(len(latencies)), np.zeros(len(latencies))
+    noises = np.broadcast_to(noise, latencies.shape)
     for group in np.unique(groups):
         out = groups == group
-        log_costs, covariance = fit_costs(features[~out], latencies[~out], prior, noise)
+        log_costs, covariance = fit_costs(features[~out], latencies[~out], prior, noises[~out])
         predicted[out], shares = _split(features[out], log_costs)
         deviations[out] = _deviation(shares, covariance)
     return predicted, deviations

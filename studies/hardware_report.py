@@ -11,7 +11,7 @@ from rich.table import Table
 from ..core.types import Measurement
 from ..evaluators.units import scale, show
 from ..hardware.boards import CALIBRATED
-from ..hardware.calibration import Calibration
+from ..hardware.calibration import WIDE, Calibration
 from ..hardware.compare import Compared
 from .rows import metrics_as_json
 
@@ -83,7 +83,7 @@ def calibration_lines(found: Calibration, path: Path) -> list[str]:
     board = found.board
     if board is None:
         return [f"{path}: {len(found.measured)} of {found.samples} networks are measured; calibrate on"]
-    errors, doubted = board.errors, sum(bool(one.flags) for one in found.measured)
+    errors, doubted = board.errors, sum(one.width > WIDE for one in found.measured)
     family = found.target.partition("/")[0]
     lines = [
         f"{path}: {board.device}, {len(found.measured)} networks, {found.runtime}",
@@ -92,7 +92,5 @@ def calibration_lines(found: Calibration, path: Path) -> list[str]:
         f"Use it with: --target {family if family in CALIBRATED else CALIBRATED[0]}/board:{path}",
     ]
     if doubted:
-        lines.insert(
-            2, f"{doubted} measurements are doubtful (a busy machine, wide intervals); run it again to retake them"
-        )
+        lines.insert(2, f"{doubted} measurements have intervals wider than {WIDE:.0%}; run it again to retake them")
     return lines
