@@ -318,7 +318,7 @@ def test_the_database_gives_back_what_was_written_through_optunas_own_interface(
     attrs = {"summary": "prune 38 %", "nested": {"list": [1, 2.5, None], "µ": "ü"}}
     for values in ([0.9876543210123456, 123.0], None):
         database.add(
-            complete=values is not None,
+            state=optuna.trial.TrialState.FAIL if values is None else optuna.trial.TrialState.COMPLETE,
             values=values,
             params=params,
             distributions=distributions,
