@@ -36,6 +36,7 @@ def without_names(calls: tuple[OperatorCall, ...]) -> np.ndarray:
     return call_features([calls], int8=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [32, 8])
 def test_networks_are_designed_with_the_operators_that_their_files_have(bits: int, tmp_path: Path) -> None:
     network = dataclasses.replace(MIXED, bits=bits)
