@@ -2,6 +2,9 @@
 
 What a target says of a file with one operator holds the costs of a whole run too. The table's fit to whole networks
 (`profile`) takes them off again: one share for each operator, one for the run.
+
+What a compiler does across operators is not in it. A table of digits-cnn for tpu/v5e, made from 9 networks, was 14 %
+off on 5 others (0.3 to 40 %), and did not keep their order (rank correlation 0.0).
 """
 
 from __future__ import annotations
