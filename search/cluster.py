@@ -51,7 +51,8 @@ def join_ray(address: str | None, cores: float) -> bool:
     try:
         ray.init(address or "local", **settings)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(f"can't start or join Ray: {str(error).splitlines()[0]}") from error
+        hint = "; if it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" if address else ""
+        raise InputError(f"can't start or join Ray: {str(error).splitlines()[0]}{hint}") from error
     return True
 
 
