@@ -40,19 +40,21 @@ def tune_trainable(objective: TrialObjective, cpus: float = 1.0) -> Any:
     tune = _tune()
     space, evaluate, timeout = objective.space, objective.evaluate, objective.timeout
     folder, names = objective.study.folder, [found.name for found in objective.study.objectives]
-    constraints, scalar, untouched = objective.violation_names, objective.scalar, objective.untouched.measurements
+    constraints, scalar, base = objective.violation_names, objective.scalar, objective.untouched
 
     def trainable(config: dict[str, Any]) -> None:
         plan = space(optuna.trial.FixedTrial(config))
         check_plan(plan)
-        executor = InlineExecutor(evaluate, timeout)
-        executor.submit(Candidate(plan, config))
-        (evaluation,) = executor.wait(0)
+        evaluation = base  # the untouched model is known, and may break limits that would reject it unmeasured
+        if plan:
+            executor = InlineExecutor(evaluate, timeout)
+            executor.submit(Candidate(plan, config))
+            (evaluation,) = executor.wait(0)
         figures: dict[str, Any] = {name: m.value for name, m in evaluation.measurements.items()}
         if evaluation.state is State.FAILED or any(name not in figures for name in names):
             raise CandidateError(evaluation.reason)
         if scalar is not None:
-            figures["score"] = scalar(evaluation.measurements, untouched)
+            figures["score"] = scalar(evaluation.measurements, base.measurements)
         found = zip(constraints, evaluation.violations, strict=True)
         violations = {f"violation/{name}": violation for name, violation in found if violation is not None}
         whole = json.dumps(encode_evaluation(evaluation, folder))
