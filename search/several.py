@@ -107,9 +107,7 @@ def shared_capabilities(backends: Sequence[Backend]) -> Capabilities:
     return dataclasses.replace(first, bits=bits)
 
 
-def joint_evaluator(
-    parts: Sequence[Part], capabilities: Capabilities, study: Study
-) -> Evaluator | SeveralTargets:
+def joint_evaluator(parts: Sequence[Part], capabilities: Capabilities, study: Study) -> Evaluator | SeveralTargets:
     """What evaluates candidates; with several targets it has the untouched model's results recorded already."""
     if len(parts) == 1:
         return parts[0].evaluator
