@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ FIDELITY = "fidelity"
 START = 20  # spread candidates before the first model
 FAR, NEAR = 400, 400  # random candidates, and variations of the front's, that a proposal is chosen from
 CLIMBS, SUMMITS = 2, 5  # then the best ones' neighbours, and theirs
+LEAST_FULL = 5  # fully trained candidates from which on models say who is trained further
 LARGE = 2000  # trials from which models cost more than they bring: variations of the front follow
 EXPLORE, EXPLORE_SECONDS = 200, 5.0  # calls of the space, to know its parameters before the first trial
 
@@ -117,6 +119,31 @@ class AutoSampler(BaseSampler):
         """A random value, for parameters that no trial has shown yet."""
         column = Column.of(param_name, param_distribution)
         return column.decode(column.draw(1, self._rng)[0])
+
+    def gains(
+        self, study: Study, candidates: Sequence[Mapping[str, Any]], running: Sequence[Mapping[str, Any]] = ()
+    ) -> np.ndarray | None:
+        """What full training of candidates that were trained a part of the way is expected to add to the front.
+
+        Args:
+            candidates: their parameters, (n,).
+            running: those of candidates that are being trained on.
+
+        Returns:
+            (n,) hypervolumes; None while too few were trained in full.
+        """
+        trials = [t for t in study.get_trials(deepcopy=False) if t.params]
+        for trial in trials:
+            self._learn(trial.distributions)
+        observed = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.FAIL)]
+        found = self._observations(study, observed, [])
+        if np.sum(found.complete & (found.fidelity >= 1.0)) < LEAST_FULL:
+            return None
+        rows = [self._encoding.row(params) for params in running]
+        found = dataclasses.replace(found, running=np.array(rows).reshape(len(rows), len(self._encoding.columns)))
+        with _threads().limit(limits=1):
+            worth = self._belief.learn(found, guess=False)
+            return worth(np.array([self._encoding.row(params) for params in candidates]))
 
     def _explore(self, space: Callable[[Trial], Any]) -> None:
         """Call the space with random choices; a failing call tells nothing, and costs nothing."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtr
 
-from .encoding import Encoding
+from .encoding import Encoding, row_keys
 from .improvement import expected_improvement, free_boxes, nondominated_rows
 from .surrogate import FIT_ON, GaussianProcess, Hyperparameters, fit
 
@@ -70,6 +70,12 @@ class Observations:
     def feasible(self) -> np.ndarray:
         """(n,) whether a candidate is complete and violates nothing."""
         return np.asarray(self.complete & ~(self.violations > 0).any(axis=1))
+
+    def unfinished_rows(self) -> np.ndarray:
+        """Rows of feasible candidates that have results of partial training alone."""
+        full = self.feasible & (self.fidelity >= 1.0)
+        finished, keys = set(row_keys(self.rows[full])), row_keys(self.rows)
+        return np.asarray(self.rows[self.feasible & np.array([key not in finished for key in keys], dtype=bool)])
 
     def best_rows(self) -> np.ndarray:
         """Rows of the front; where nothing is feasible, of those that violate least."""
@@ -145,8 +151,8 @@ class Belief:
                 found.append(seen.encoding.row(prior.params[int(np.nanargmax(column))])[None, :])
         return np.concatenate(found)
 
-    def learn(self, seen: Observations) -> Worth:
-        """How much hypervolume rows are expected to add, given everything seen."""
+    def learn(self, seen: Observations, guess: bool = True) -> Worth:
+        """How much hypervolume rows add, as expected; with `guess` to what partly trained ones will become, too."""
         objectives = seen.values.shape[1]
         logs = [_spans(seen.values[:, j]) for j in range(objectives)]
         chosen = self._chosen(seen)
@@ -170,7 +176,7 @@ class Belief:
 
         full = seen.feasible & (seen.fidelity >= 1.0)
         believed = [seen.values[full]]
-        guessed = np.concatenate([seen.running, seen.rows[seen.feasible & ~full]])
+        guessed = np.concatenate([seen.running, seen.unfinished_rows() if guess else seen.running[:0]])
         if len(guessed):
             mean, _ = predict(guessed)
             believed.append(np.where(logs, np.exp(np.where(logs, mean, 0.0)), mean))
@@ -346,7 +352,9 @@ def _points(seen: Observations, rows: np.ndarray, fidelity: np.ndarray | None = 
     points = seen.encoding.embed(rows)
     if (seen.fidelity >= 1.0).all():
         return points
-    return np.column_stack([points, np.ones(len(rows)) if fidelity is None else fidelity])
+    # Rungs are shares such as 1/9, 1/3 and 1: equally far from each other in logarithms.
+    share = np.ones(len(rows)) if fidelity is None else 1.0 + np.log10(np.maximum(fidelity, 1e-3))
+    return np.column_stack([points, share])
 
 
 def _transformed(values: np.ndarray, log: bool) -> np.ndarray:

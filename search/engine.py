@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
@@ -24,6 +25,7 @@ from ..core.errors import InputError
 from ..core.types import Candidate, Evaluation, Measurement, Plan, Space, State
 from ..studies.claims import piece_of
 from ..studies.study import FIDELITY, Study, read_record
+from .auto import AutoSampler
 from .executors import Executor
 from .rungs import Ladder
 from .samplers import VIOLATIONS
@@ -97,7 +99,7 @@ class Engine:
         self._memory = optuna.create_study(sampler=self.sampler, directions=directions)
         self._known: dict[str, _Known] = {}
         self._pending: dict[str, list[Trial | None]] = {}
-        self._climbing: set[str] = set()
+        self._climbing: dict[str, Mapping[str, Any]] = {}
         self._ladder = Ladder(directions, self.rungs, self.reduction)
         self._names = {plan_key(plan): name for name, plan in self.baselines.items()}
         self._claims = self.study.claims()
@@ -173,12 +175,19 @@ class Engine:
 
     def _promoted(self, last_call: bool = False) -> Candidate | None:
         """The candidate that has earned more training, if any."""
-        candidate = self._ladder.next(last_call)
+        gains = self._gains if isinstance(self.sampler, AutoSampler) else None
+        candidate = self._ladder.next(last_call, gains)
         while candidate is not None and not self._claim(candidate):
-            candidate = self._ladder.next(last_call)
+            candidate = self._ladder.next(last_call, gains)
         if candidate is not None:
-            self._climbing.add(candidate.key)
+            self._climbing[candidate.key] = candidate.params
         return candidate
+
+    def _gains(self, candidates: Sequence[Candidate]) -> np.ndarray | None:
+        """What the sampler expects of training these in full."""
+        assert isinstance(self.sampler, AutoSampler)
+        params = [candidate.params for candidate in candidates]
+        return self.sampler.gains(self._memory, params, [p for p in self._climbing.values() if p])
 
     def _proposals(self) -> Any:
         """Yield candidates that are neither known nor running; ends where only repeats come."""
@@ -233,7 +242,7 @@ class Engine:
     def _finish(self, evaluation: Evaluation) -> None:
         key = evaluation.candidate.key
         if key in self._climbing:
-            self._climbing.remove(key)
+            del self._climbing[key]
             distributions = self._known[key].distributions
             evaluation = self.record(evaluation, distributions)
             self._add(evaluation.candidate.params, self._known[key])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +17,9 @@ from ..core.errors import InputError
 from ..core.types import Candidate
 
 MARGIN = 0.1  # of the range of each objective, by which the reference point of hypervolumes lies beyond the worst
+
+
+Gains = Callable[[Sequence[Candidate]], np.ndarray | None]
 
 
 @dataclass(frozen=True)
@@ -74,24 +77,35 @@ class Ladder:
         for rung in self._rungs[:below]:
             rung.left.add(key)
 
-    def next(self, last_call: bool = False) -> Candidate | None:
+    def next(self, last_call: bool = False, gains: Gains | None = None) -> Candidate | None:
         """The candidate to train further now, with its new fidelity; None where none has earned it.
 
-        That is the best of those that are among the first 1/reduction of their rung and have not gone on yet; upper
-        rungs come first.
+        One in `reduction` of a rung goes on; upper rungs come first. Where `gains` knows what full training of
+        candidates brings, it is the most promising of those that have not gone on yet; else the best one of these that
+        are among the first 1/reduction of their rung.
 
         Args:
             last_call: no more results will come: shares are rounded up, so that something gets to the top.
+            gains: a number for each candidate, or None while too little is known.
         """
         for place in reversed(range(len(self._rungs))):
             rung = self._rungs[place]
             count = (len(rung.entries) + (self.reduction - 1 if last_call else 0)) // self.reduction
-            for key in self._first(place, count):
-                if key not in rung.left:
-                    rung.left.add(key)
-                    above = self._rungs[place + 1].fidelity if place + 1 < len(self._rungs) else 1.0
-                    return dataclasses.replace(rung.entries[key].candidate, fidelity=above)
+            gone = sum(key in rung.left for key in rung.entries)
+            key = self._promising(rung, gains) if gains and gone < count else None
+            if key is None and (not gains or gone < count):
+                key = next((key for key in self._first(place, count) if key not in rung.left), None)
+            if key is not None:
+                rung.left.add(key)
+                above = self._rungs[place + 1].fidelity if place + 1 < len(self._rungs) else 1.0
+                return dataclasses.replace(rung.entries[key].candidate, fidelity=above)
         return None
+
+    def _promising(self, rung: _Rung, gains: Gains) -> str | None:
+        """The feasible candidate that has most to gain."""
+        waiting = [key for key, entry in rung.entries.items() if key not in rung.left and entry.violation <= 0]
+        found = gains([rung.entries[key].candidate for key in waiting]) if waiting else None
+        return None if found is None else waiting[int(np.argmax(found))]
 
     def _first(self, place: int, count: int) -> list[str]:
         """The keys of the best `count` candidates of a rung, the best first."""

@@ -36,7 +36,7 @@ def test_every_target_says_what_it_can_do_whether_or_not_it_is_here(call_cli: Ca
     for name in BACKENDS:
         backend = find_backend(name)
         assert name in out
-        assert str(backend.capabilities.method) in out
+        assert str(backend.capabilities.method or "-") in out  # targets from elsewhere need not say
         assert backend.name.partition(":")[0] == name
         assert backend.capabilities.bits
         missing = backend.missing()
@@ -54,7 +54,7 @@ def test_the_list_says_how_figures_are_found_and_groups_targets_that_are_alike(c
         "arm/essential_ph_1": "predicted",
     }
     for target, kind in kinds.items():
-        (line,) = (line for line in lines if line[:1] == [target])
+        line = next(line for line in lines if line[:1] == [target])  # what is missing comes below the table
         assert line[2] == kind
     assert ["arm/pixel3"] in lines  # under another phone, in the same row
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import optuna
+import numpy as np
 import pytest
 
 import autocompress as ac
@@ -86,6 +87,18 @@ def test_of_two_good_ones_that_are_alike_one_goes_on_early() -> None:
     for ratio, values in zip((0.1, 0.2, 0.3, 0.4), (accurate, small, knee, twin), strict=True):
         ladder.add(candidate(ratio, 0.5), values, [])
     assert ratio_of(ladder.next()) in (0.3, 0.4)
+
+
+def test_a_model_of_full_training_decides_who_goes_on_within_the_same_share() -> None:
+    ladder = Ladder(DIRECTIONS, rungs=2, reduction=2)
+    for ratio in (0.1, 0.2, 0.3, 0.4):
+        ladder.add(candidate(ratio, 0.5), (1 - ratio, 10 * ratio), [])
+    assert ratio_of(ladder.next(gains=lambda found: np.array([c.params["x"] for c in found]))) == 0.4
+    assert ratio_of(ladder.next(gains=lambda found: np.array([-c.params["x"] for c in found]))) == 0.1
+    assert ladder.next(gains=lambda found: np.ones(len(found))) is None  # half of them have gone
+    ladder.add(candidate(0.5, 0.5), (0.0, 0.0), [])
+    ladder.add(candidate(0.6, 0.5), (0.0, 9.0), [])
+    assert ratio_of(ladder.next(gains=lambda found: None)) is not None  # as without, while too little is known
 
 
 def test_one_rung_stops_nobody() -> None:

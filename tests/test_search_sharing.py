@@ -102,13 +102,14 @@ def test_object_storage_does_as_a_folder_does(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def elsewhere(tmp_path: Path) -> Iterator[str]:
     """Address of a Ray cluster of two nodes that see an empty folder in place of the run folder's parent."""
     hidden = tmp_path / "runs"
     hidden.mkdir()
     mount = f"mount -t tmpfs none {hidden}"
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # For good, as a search on this machine does: Ray reads the token once in a process.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "sh", "-c", mount]).returncode:
         pytest.skip("needs the right to mount (root), to hide the run folder from the workers")
     with socket.socket() as probe:
