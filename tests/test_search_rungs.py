@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-import optuna
 import numpy as np
+import optuna
 import pytest
 
 import autocompress as ac
