@@ -25,6 +25,7 @@ FIDELITY = "fidelity"
 START = 20  # spread candidates before the first model
 FAR, NEAR = 400, 400  # random candidates, and variations of the front's, that a proposal is chosen from
 CLIMBS, SUMMITS = 2, 5  # then the best ones' neighbours, and theirs
+TRIES = 50  # of the best candidates, in case the space makes something seen of them
 LEAST_FULL = 5  # fully trained candidates from which on models say who is trained further
 LARGE = 2000  # trials from which models cost more than they bring: variations of the front follow
 EXPLORE, EXPLORE_SECONDS = 200, 5.0  # calls of the space, to know its parameters before the first trial
@@ -82,9 +83,8 @@ class AutoSampler(BaseSampler):
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Every parameter that the space or a trial has shown."""
-        if self.space is not None:
+        if self.space is not None and not self._explored:
             self._explore(self.space)
-            self.space = None
         for other in study.get_trials(deepcopy=False):
             self._learn(other.distributions)
         return {column.name: column.distribution for column in self._encoding.columns}
@@ -177,12 +177,37 @@ class AutoSampler(BaseSampler):
         return np.array([self._row(t) for t in trials]).reshape(len(trials), len(self._encoding.columns))
 
     def _active(self, seen: np.ndarray) -> Activity:
-        """What is active when; learned anew as the trials double, from the space once where it is at hand."""
-        if self._activity is None or (not self._explored and len(seen) > 1.2 * self._activity[0]):
+        """What is active when; learned anew once a trial has shown otherwise."""
+        if self._activity is None or not self._activity[1].fits(seen[self._activity[0] :]):
             explored = [self._encoding.row(params) for params in self._explored]
             rows = np.concatenate([seen, np.array(explored).reshape(-1, seen.shape[1])])
             self._activity = len(seen), Activity(rows)
+        self._activity = len(seen), self._activity[1]
         return self._activity[1]
+
+    def _settled(self, rows: np.ndarray, activity: Activity, seen: set[bytes]) -> np.ndarray:
+        """The first row that is an unseen candidate also by what the space really asks for."""
+        for row in rows[:TRIES]:
+            real = self._real(row)
+            if row_keys(real[None, :])[0] not in seen:
+                return real
+        return self._any(activity, seen)
+
+    def _real(self, row: np.ndarray) -> np.ndarray:
+        """The row with the parameters that are really active, where the space is at hand."""
+        if self.space is None:
+            return row
+        everything = np.where(np.isnan(row), self._encoding.draw(1, self._rng)[0], row)
+        trial = optuna.trial.FixedTrial(self._encoding.params(everything))
+        try:
+            self.space(trial)
+        except Exception:  # the user's code, or a range that depends on other parameters
+            return row
+        real = self._encoding.row(trial.params)
+        if (np.isnan(real) != np.isnan(row)).any():
+            self._explored.append(dict(trial.params))
+            self._activity = None
+        return real
 
     def _observations(
         self, study: Study, observed: Sequence[FrozenTrial], trials: Sequence[FrozenTrial]
@@ -218,13 +243,13 @@ class AutoSampler(BaseSampler):
             if not len(around):
                 break
             rows, values = np.concatenate([rows, around]), np.concatenate([values, worth(around)])
-        return np.asarray(rows[int(np.argmax(values))])
+        return self._settled(rows[np.argsort(-values, kind="stable")], activity, seen)
 
     def _first(self, study: Study, taken: np.ndarray, activity: Activity, seen: set[bytes]) -> np.ndarray:
         """Before the models: the best that earlier studies found, then candidates far from each other."""
         best = _unseen(activity.apply(self._belief.first_rows(self._encoding, _signs(study))), seen)
         if len(best):
-            return np.asarray(best[0])
+            return self._settled(best, activity, seen)
         return self._spread(taken, activity, seen)
 
     def _spread(self, taken: np.ndarray, activity: Activity, seen: set[bytes]) -> np.ndarray:
@@ -233,10 +258,10 @@ class AutoSampler(BaseSampler):
         if not len(rows):
             return self._any(activity, seen)
         if not len(taken):
-            return np.asarray(rows[0])
+            return self._settled(rows, activity, seen)
         points, others = self._encoding.embed(rows), self._encoding.embed(taken)
         distances = ((points[:, None, :] - others[None, :, :]) ** 2).sum(axis=2).min(axis=1)
-        return np.asarray(rows[int(np.argmax(distances))])
+        return self._settled(rows[np.argsort(-distances, kind="stable")], activity, seen)
 
     def _variation(
         self, study: Study, trials: Sequence[FrozenTrial], activity: Activity, seen: set[bytes]
@@ -246,15 +271,16 @@ class AutoSampler(BaseSampler):
         parents = self._observations(study, done[-LARGE:], []).best_rows()
         rows = self._encoding.vary(parents[self._rng.integers(len(parents), size=64)], self._rng)
         rows = _unseen(activity.apply(rows), seen)
-        return np.asarray(rows[0]) if len(rows) else self._any(activity, seen)
+        return self._settled(rows, activity, seen)
 
     def _any(self, activity: Activity, seen: set[bytes]) -> np.ndarray:
         """A random candidate, unseen where many tries find one; else the space is all but exhausted."""
         for _ in range(20):
             rows = activity.apply(self._encoding.draw(500, self._rng))
-            unseen = _unseen(rows, seen)
-            if len(unseen):
-                return np.asarray(unseen[0])
+            for row in _unseen(rows, seen)[:TRIES]:
+                real = self._real(row)
+                if row_keys(real[None, :])[0] not in seen:
+                    return real
         return np.asarray(rows[0])
 
 

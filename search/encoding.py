@@ -254,6 +254,11 @@ class Activity:
             rows[~tree.predict(known), place] = np.nan
         return rows
 
+    def fits(self, rows: np.ndarray) -> bool:
+        """Whether these rows are active just where this says they are."""
+        found = self.apply(np.where(np.isnan(rows), 0.0, rows))
+        return bool((np.isnan(found) == np.isnan(rows)).all())
+
 
 def row_keys(rows: np.ndarray) -> list[bytes]:
     """One key a row, equal for equal rows."""
