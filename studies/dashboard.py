@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from wsgiref.simple_server import WSGIRequestHandler, make_server
@@ -35,8 +36,11 @@ def serve(folder: Path, port: int, ready: Callable[[str], None]) -> None:
     except (OSError, OverflowError) as error:
         raise InputError(f"port {port} on {HOST} can't be used ({error}); choose another with --port") from error
     with server:
+        # In a thread of its own: what answers requests swallows a Ctrl-C that comes in the middle of one.
+        answering = threading.Thread(target=server.serve_forever, daemon=True)
+        answering.start()
         ready(f"http://{HOST}:{server.server_port}/dashboard")
         try:
-            server.serve_forever()
+            answering.join()
         except KeyboardInterrupt:
-            return
+            server.shutdown()
