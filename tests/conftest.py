@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,9 @@ from typing import TYPE_CHECKING
 
 # One thread, set before torch is loaded: models this small gain nothing from more, and lose to other work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One token for all Ray clusters of the tests: Ray reads it once in a process.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 import numpy as np
 import pytest

@@ -218,7 +218,8 @@ def test_engines_share_candidates_and_budget(tmp_path: Path) -> None:
     assert len(keys) == len(set(keys))
     assert 24 <= len(keys) <= 26, "each further search may ask for the last one in the same milliseconds"
     assert all(mine for mine in evaluated)
-    assert sum(len(mine) for mine in evaluated) <= len(keys) + 2
+    # Each may evaluate one in vain while the last ones are recorded.
+    assert sum(len(mine) for mine in evaluated) <= len(keys) + len(engines)
 
 
 def test_an_engine_takes_over_what_a_dead_one_had_claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
