@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from autocompress.compression.pruning import Prune
 from autocompress.compression.training import accuracy
 from autocompress.core.types import Candidate, Capabilities, Evaluation, Measurement, Method, Provenance, State, Task
 from autocompress.evaluators.fidelity import Training
@@ -114,7 +115,7 @@ def run(
             executor=InlineExecutor(Evaluate(task, folder / "cache")),
             sampler=make_sampler(sampler, seed=seed, trials=trials, constrained=False),
             trials=trials,
-            baselines=baseline_plans(Capabilities((32,), ()), space.finetune),
+            baselines=baseline_plans(Capabilities((32,), ()), (Prune(0.5, round_to=space.round_to), space.finetune)),
             on_change=curve,
             rungs=rungs,
             reduction=reduction,

@@ -38,7 +38,6 @@ from .widths import lowest_bits as lowest_bits
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..compression.finetune import Finetune
 
 # Relative deviation of the runtime's logits from PyTorch's beyond which a file counts as broken.
 FLOAT_PARITY, ROUNDED_PARITY = 0.01, 0.5
@@ -365,16 +364,15 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}"
 
 
-def baseline_plans(capabilities: Capabilities, finetune: Finetune) -> dict[str, Plan]:
+def baseline_plans(capabilities: Capabilities, cut: Plan) -> dict[str, Plan]:
     """The plans that any search must beat, by name; the untouched model comes first.
 
     Args:
-        finetune: what follows the uniform pruning; no steps leave it out.
+        cut: the uniform pruning, with the training that follows.
     """
-    from ..compression import Prune, Quantize
+    from ..compression import Quantize
 
     plans: dict[str, Plan] = {"untouched": ()}
     if 8 in capabilities.bits:
         plans["uniform int8"] = (Quantize(8, outputs=capabilities.outputs),)
-    plans["uniform pruning"] = (Prune(0.5), finetune) if finetune.steps else (Prune(0.5),)
-    return plans
+    return plans | {"uniform pruning": cut}

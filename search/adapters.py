@@ -18,7 +18,6 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import BaseTrial, FrozenTrial
 
-from ..compression.graph import find_layers
 from ..core.codec import check_plan, describe_plan
 from ..core.errors import AutocompressError, InputError
 from ..core.types import Candidate, Data, Evaluation, Space, State, Task
@@ -26,12 +25,11 @@ from ..evaluators.objectives import Constraint, check_metric, parse_constraint
 from ..evaluators.pipeline import describe_error
 from ..evaluators.scalar import Scalar
 from ..hardware.targets import make_backend
-from ..spaces.stock import task_finetune
+from ..spaces.stock import uniform_cut
 from ..studies.point import make_folder
 from ..studies.report import write_reports
 from ..studies.rows import metrics_as_json
 from ..studies.study import Study
-from ..tasks.data import example_input
 from .config import make_config, save_config
 from .engine import Engine
 from .executors import Evaluate, InlineExecutor
@@ -244,13 +242,12 @@ def as_objective(
     capabilities = shared_capabilities(backends)
     made = make_space(config, task, capabilities) if isinstance(space, str) else space
     _check_space(made, optuna.samplers.RandomSampler(seed=config.seed))
-    layers = find_layers(task.build(), example_input(task.data))
     held = ExitStack()
     try:
         make_folder(folder)
         held.enter_context(only_driver(folder))
-        finetune = task_finetune(task, layers, config.finetune_steps, config.seed)
-        parts = make_parts(config, folder, task, backends, limits, finetune)
+        cut = uniform_cut(task, config.finetune_steps, config.seed)
+        parts = make_parts(config, folder, task, backends, limits, cut)
         study = joint_study(config, folder, parts)
         parts = [
             dataclasses.replace(part, evaluator=_with_baseline(part, limits, config.trial_timeout)) for part in parts

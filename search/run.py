@@ -18,7 +18,6 @@ import torch
 from optuna.samplers import BaseSampler
 
 from ..compression.analysis import sensitivity
-from ..compression.graph import find_layers
 from ..core.codec import check_plan
 from ..core.errors import AutocompressError, CandidateError, DeviceLostError, InputError
 from ..core.registry import OBJECTIVES, SPACES
@@ -32,11 +31,10 @@ from ..evaluators.objectives import (
 )
 from ..evaluators.pipeline import Evaluator, baseline_plans
 from ..hardware.targets import make_backend
-from ..spaces.stock import task_finetune
+from ..spaces.stock import uniform_cut
 from ..studies.point import make_folder
 from ..studies.report import write_reports
 from ..studies.study import Record, Study
-from ..tasks.data import example_input
 from .cluster import check_address
 from .config import SearchConfig, load_config, make_config, save_config
 from .engine import Engine, Progress
@@ -195,10 +193,8 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
     for text in gone:
         watcher.trouble(text)
     with only_driver(folder):
-        finetune = task_finetune(
-            task, find_layers(task.build(), example_input(task.data)), config.finetune_steps, config.seed
-        )
-        parts = make_parts(config, folder, task, backends, constraints, finetune)
+        cut = uniform_cut(task, config.finetune_steps, config.seed)
+        parts = make_parts(config, folder, task, backends, constraints, cut)
         own = fingerprint(task)
         files = {part.target: earlier_files(runs, own, part.evaluator.backend.name) for part in parts}
         study = joint_study(config, folder, parts)
@@ -252,7 +248,7 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
             ),
             trials=config.trials,
             seconds=limit,
-            baselines=baseline_plans(capabilities, finetune),
+            baselines=baseline_plans(capabilities, cut),
             score=None if scalar is None else partial(scalar, untouched=untouched.metrics),
             on_change=on_change,
             rungs=config.rungs,

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..compression.finetune import Finetune
 from ..core.errors import InputError
 from ..core.types import Backend, Candidate, Capabilities, Evaluation, Measurement, Plan, State, Task
 from ..evaluators.objectives import Constraint, find_objective, is_device_figure, joint_names, parse_objectives
@@ -49,7 +48,7 @@ def make_parts(
     task: Task,
     backends: Sequence[Backend],
     constraints: tuple[Constraint, ...],
-    finetune: Finetune,
+    cut: Plan,
 ) -> list[Part]:
     """A part for each target; that of a single target has the run folder to itself."""
     parts = []
@@ -64,7 +63,7 @@ def make_parts(
         objectives = parse_objectives(config.objectives, backend)
         database = _database(own, place, [o.direction for o in objectives], config.objectives)
         evaluator = Evaluator(task, backend, objectives, constraints, place, cache=folder / "cache")
-        baselines = baseline_plans(backend.capabilities, finetune)
+        baselines = baseline_plans(backend.capabilities, cut)
         found = Study(place, objectives, database, constraints=constraints, scalar=scalar_of(config))
         parts.append(Part(target, own, evaluator, found, database, baselines))
     return parts

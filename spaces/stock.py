@@ -15,6 +15,7 @@ from ..compression.finetune import Finetune, TrainingStep, usual_finetune
 from ..compression.gating import GateChannels, SkipBlocks
 from ..compression.graph import Layer, find_layers
 from ..compression.grids import FORMATS, Format, bit_width
+from ..compression.pruning import Prune
 from ..core.errors import CandidateError, InputError
 from ..core.registry import SPACES
 from ..core.types import Capabilities, Chooser, Plan, Task
@@ -193,8 +194,7 @@ def stock_space(
         bits=tuple(format for format in offered if bit_width(format) <= 8),
         float_bits=tuple(format for format in offered if bit_width(format) > 8) or (32,),
         outputs=capabilities.outputs,
-        # Narrow models need finer steps: multiples of 8 would halve a layer of 16 channels or leave it.
-        round_to=8 if min((layer.output_shape[0] for layer in layers if layer.kind == "conv"), default=64) >= 32 else 4,
+        round_to=channel_step(layers),
         finetune=task_finetune(task, layers, finetune_steps, seed),
         blocks=len(residual_blocks(task.build(), task)) if "drop" in techniques else 0,
         adaptive=adaptive_kinds(task) if "adaptive" in techniques else (),
@@ -239,6 +239,20 @@ def adaptive_kinds(task: Task) -> tuple[str, ...]:
 def task_finetune(task: Task, layers: tuple[Layer, ...], steps: int | None, seed: int) -> Finetune:
     """The fine-tuning that suits this task."""
     return usual_finetune(sum(layer.macs for layer in layers), len(task.data.train), steps, seed)
+
+
+def channel_step(layers: tuple[Layer, ...]) -> int:
+    """What numbers of channels are rounded to: multiples of 8 would halve a layer of 16 channels or leave it."""
+    narrowest = min((layer.output_shape[0] for layer in layers if layer.kind == "conv"), default=64)
+    return 8 if narrowest >= 32 else 4
+
+
+def uniform_cut(task: Task, steps: int | None, seed: int) -> Plan:
+    """Half of all channels, and the fine-tuning that suits the task: as a stock space's start point has them."""
+    layers = find_layers(task.build(), example_input(task.data))
+    finetune = task_finetune(task, layers, steps, seed)
+    cut = Prune(UNIFORM_CUT, round_to=channel_step(layers))
+    return (cut, finetune) if finetune.steps else (cut,)
 
 
 def group_layers(layers: tuple[Layer, ...], granularity: str) -> dict[str, tuple[str, ...]]:

@@ -224,7 +224,10 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
         driver = next((hint for name, hint in _DRIVERS.items() if name in url), "the package that it names")
         raise MissingDependencyError(f"{show_url(url)}: {str(error).splitlines()[0]} (install {driver})") from error
     except (sqlalchemy.exc.SQLAlchemyError, RuntimeError, ValueError, OSError) as error:
-        raise InputError(f"can't open the study at {show_url(url)}: {str(error).splitlines()[0]}") from error
+        raise InputError(
+            f"can't open the study at {show_url(url)}: {str(error).splitlines()[0]}; expected such as "
+            "postgresql+psycopg://USER@HOST/NAME, sqlite:///FILE, journal:PATH or grpc://HOST:PORT"
+        ) from error
 
 
 _DRIVERS = {"psycopg": "'autocompress[postgresql]'", "grpc": "'autocompress[grpc]'"}

@@ -221,7 +221,7 @@ def test_cheap_figures_of_the_digits_model_agree_with_a_hand_count(digits_task: 
 
 
 def test_the_baselines_are_the_untouched_model_int8_and_a_cut() -> None:
-    plans = baseline_plans(make_backend("x86/onnxruntime").capabilities, Finetune(5, seed=3))
+    plans = baseline_plans(make_backend("x86/onnxruntime").capabilities, (Prune(0.5), Finetune(5, seed=3)))
     assert list(plans) == ["untouched", "uniform int8", "uniform pruning"]
     assert plans["untouched"] == ()
     assert lowest_bits(plans["uniform int8"]) == 8

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 
 from autocompress import Data, InputError, Split, Task, load_task, stock_space
 from autocompress.core.codec import check_plan, decode_plan, encode_plan, plan_key
 from autocompress.core.types import Capabilities
-from autocompress.spaces.stock import STOCK
+from autocompress.spaces.stock import STOCK, uniform_cut
 
 TARGET = Capabilities((32, 16, 8), ("latency",), "shared")
 
@@ -113,6 +114,13 @@ def test_a_space_offers_what_the_model_has_places_for() -> None:
     text = stock_space(load_task("text-transformer", tokens()), TARGET, techniques=STOCK["adaptive"])
     assert "experts" in text.adaptive
     assert "channels" not in text.adaptive
+
+
+def test_the_uniform_cut_is_the_baseline_and_a_start_point_at_once() -> None:
+    task = load_task("resnet20", noise())  # narrow: channels go in fours
+    space = stock_space(task, TARGET, finetune_steps=5)
+    starts = {plan_key(space(optuna.trial.FixedTrial(params))) for params in space.starts}
+    assert plan_key(uniform_cut(task, steps=5, seed=0)) in starts
 
 
 def test_any_format_can_be_on_offer(digits_task: Task) -> None:
