@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.codec import check_order
+from ..core.disk import storage_trouble
 from ..core.errors import AutocompressError, CandidateError, DeviceLostError
 from ..core.lane import LANE
 from ..core.notes import collect_notes, note
@@ -68,7 +69,7 @@ class Evaluator:
         """Evaluate; failures of the candidate come back as a result with a reason.
 
         Raises:
-            DeviceLostError: the device went away, which says nothing about the candidate.
+            DeviceLostError: the device went away, or the disk is full, which says nothing about the candidate.
         """
         started = time.perf_counter()
         found: dict[str, Measurement] = {}
@@ -81,8 +82,13 @@ class Evaluator:
                 evaluation = self._evaluate(candidate, found, training, figures)
         except DeviceLostError:
             raise
-        except (AutocompressError, MemoryError, RuntimeError, TimeoutError) as error:
+        except Exception as error:
+            trouble = storage_trouble(error, self.folder)
+            if trouble is not None:
+                raise trouble from error
             # RuntimeError is what torch and the runtimes raise for shapes, memory and kernels.
+            if not isinstance(error, (AutocompressError, MemoryError, RuntimeError, TimeoutError)):
+                raise
             evaluation = Evaluation(candidate, State.FAILED, found, reason=describe_error(error))
         if evaluation.state is not State.STOPPED:
             figures.drop()

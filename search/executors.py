@@ -2,7 +2,8 @@
 
 An executor takes candidates while it has room, and hands back one evaluation for each, whatever
 happens to the worker: a hang, a crash and a kill become results with a reason. Only a device that is
-lost is no result: `wait` raises DeviceLostError, once it has handed out what was done before.
+lost, or a disk that is full, is no result: `wait` raises DeviceLostError, once it has handed out what was
+done before.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
 
+from ..core.disk import storage_trouble
 from ..core.errors import AutocompressError, DeviceLostError
 from ..core.types import Candidate, Evaluation, State
 from .cluster import Crew, Seat, join_ray
@@ -75,6 +77,9 @@ class InlineExecutor:
         except DeviceLostError:
             raise
         except Exception as error:  # the evaluation is the user's code as well as ours: record, and go on
+            trouble = storage_trouble(error)
+            if trouble is not None:
+                raise trouble from error
             return failed(candidate, error, time.perf_counter() - started)
         finally:
             if alarm:
@@ -199,10 +204,12 @@ class RayExecutor:
             result = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
             self._crew.give_back(job.seat)
-            if isinstance(error.cause, DeviceLostError):
-                self._lost = error.cause
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            lost = cause if isinstance(cause, DeviceLostError) else storage_trouble(cause)
+            if lost is not None:
+                self._lost = lost
                 return None
-            return failed(job.candidate, error.cause if isinstance(error.cause, Exception) else error, seconds)
+            return failed(job.candidate, cause, seconds)
         except self._ray.exceptions.RayError as error:
             self._crew.dismiss(job.seat)
             return self._try_again(job, error, seconds)

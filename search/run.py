@@ -19,6 +19,7 @@ from optuna.samplers import BaseSampler
 
 from ..compression.analysis import sensitivity
 from ..core.codec import check_plan
+from ..core.disk import StorageLostError, blaming_storage, written_whole
 from ..core.errors import AutocompressError, CandidateError, DeviceLostError, InputError
 from ..core.registry import OBJECTIVES, SPACES
 from ..core.types import Candidate, Capabilities, Data, Evaluation, Space, State, Task
@@ -120,7 +121,8 @@ def run_search(
 
     Raises:
         InputError: anything that can't be used, before compute is spent on it.
-        DeviceLostError: the target went away; once it is back, `resume_search` goes on.
+        DeviceLostError: the target went away, or the disk is full, or the study's database is locked; once that is
+            put right, `resume_search` goes on.
     """
     targets = target if isinstance(target, str) else list(target)
     given = {"target": targets, "objectives": list(objectives), "constraints": list(constraints), "trials": trials}
@@ -143,7 +145,8 @@ def start_search(
         for left in folder.glob("study.db*"):
             left.unlink()  # of a search that was refused before its first trial
     config = config.model_copy(update={"out": str(folder)})
-    return _run(config, folder, task, space, watcher or Silent())
+    with blaming_storage(folder):
+        return _run(config, folder, task, space, watcher or Silent())
 
 
 def resume_search(
@@ -155,7 +158,8 @@ def resume_search(
     watcher: Watcher | None = None,
 ) -> Study:
     """Go on with the run in `folder` until `config.trials` trials are recorded in all."""
-    return _run(config, folder, task, space, watcher or Silent())
+    with blaming_storage(folder):
+        return _run(config, folder, task, space, watcher or Silent())
 
 
 def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | None, watcher: Watcher) -> Study:
@@ -211,11 +215,11 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
         ]
         evaluate = joint_evaluator(parts, capabilities, study)
         # Only now: settings that were refused must leave the folder free for the right ones.
-        for part in parts if study.parts else []:
-            save_config(part.config, part.study.folder)
-            save_fingerprint(own, part.study.folder)
-        save_config(config, folder)
-        save_fingerprint(own, folder)
+        targets = [(part.config, part.study.folder) for part in parts if study.parts]
+        for settings, place in [*targets, (config, folder)]:
+            with written_whole(place) as new:
+                save_config(settings, new)
+                save_fingerprint(own, new)
         limit = None if config.time is None else max(1.0, config.time - (time.monotonic() - before))
         cleaners = {part.target: Cleaner(part.study, part.baselines) for part in parts}
 
@@ -256,24 +260,28 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
         )
         stopped: DeviceLostError | InputError | None = None  # the latter of a cluster that can give no worker
         try:
-            if engine.run().ended != "interrupted":
-                for part in parts:
-                    if exchange is not None:
-                        exchange.take(part.study, part.target)
-                    measure_front(part.evaluator, part.study, watcher, config.verify_time)
-                if config.rungs == 1 or engine.progress.ended != "time is up":  # else some may yet be trained on
-                    shutil.rmtree(folder / "cache", ignore_errors=True)  # no candidate will share trained weights now
+            with blaming_storage(folder):
+                if engine.run().ended != "interrupted":
+                    for part in parts:
+                        if exchange is not None:
+                            exchange.take(part.study, part.target)
+                        measure_front(part.evaluator, part.study, watcher, config.verify_time)
+                    if config.rungs == 1 or engine.progress.ended != "time is up":  # else some may yet be trained on
+                        shutil.rmtree(folder / "cache", ignore_errors=True)  # no candidate will share its weights now
         except KeyboardInterrupt:
             engine.progress.ended = "interrupted"
         except (DeviceLostError, InputError) as error:
             stopped = error
-        for found in [*study.parts.values(), study]:
-            write_reports(found)
+        try:
+            with blaming_storage(folder):
+                for found in [*study.parts.values(), study]:
+                    write_reports(found)
+        except StorageLostError as error:
+            stopped = stopped or error
         watcher.ended(study, engine.progress)
         if isinstance(stopped, DeviceLostError):
-            raise DeviceLostError(
-                f"{stopped}; nothing finished is lost: once it is back, --resume {folder} goes on"
-            ) from stopped
+            then = "once that is done" if isinstance(stopped, StorageLostError) else "once it is back"
+            raise type(stopped)(f"{stopped}; nothing finished is lost: {then}, --resume {folder} goes on") from stopped
         if stopped is not None:
             raise stopped
     return study

@@ -24,8 +24,8 @@ def storage_trouble(error: BaseException, folder: Path | None = None) -> Storage
     """What `error` says of the disk or the database; None where it has another cause.
 
     Args:
-        folder: where things were written. Libraries do not always say that the disk is full (OpenVINO: "basic_ios::clear:
-            iostream error"; torch: "unexpected pos 640 vs 598"), so it is tried.
+        folder: where things were written. Libraries do not always say that the disk is full (OpenVINO:
+            "basic_ios::clear: iostream error"; torch: "unexpected pos 640 vs 598"), so it is tried.
     """
     cause: BaseException | None = error
     while cause is not None:
