@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ import optuna
 import sqlalchemy
 from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 
 from ..core.errors import InputError, MissingDependencyError
@@ -212,7 +213,7 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
         if url.startswith("journal:"):
             path = Path(url.removeprefix("journal://").removeprefix("journal:"))
             path.parent.mkdir(parents=True, exist_ok=True)
-            return JournalStorage(JournalFileBackend(str(path)))
+            return JournalStorage(JournalFileBackend(str(path), _MendingLock(path)))  # type: ignore[arg-type]
         if url.startswith("grpc:"):
             return _open_proxy(url)
         storage = optuna.storages.RDBStorage(url, engine_kwargs=_engine_settings(url))
@@ -231,6 +232,31 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
 
 
 _DRIVERS = {"psycopg": "'autocompress[postgresql]'", "grpc": "'autocompress[grpc]'"}
+
+
+class _MendingLock:
+    """Optuna's lock of a journal file, which cuts off what a write has left that found the disk full, or was killed.
+
+    Optuna's next write would go on in the middle of that line, and nobody could read the file any more.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lock = path, JournalFileSymlinkLock(str(path))
+
+    def acquire(self) -> bool:
+        """Wait for the lock, and leave whole lines."""
+        acquired = self._lock.acquire()
+        with open(self._path, "ab+") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 1))
+            if file.read(1) not in (b"", b"\n"):
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        return acquired
+
+    def release(self) -> None:
+        """Let others write."""
+        self._lock.release()
 
 
 def _open_proxy(url: str) -> optuna.storages.BaseStorage:

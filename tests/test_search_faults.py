@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import psutil
 import pytest
+from optuna.trial import TrialState
 
 from autocompress.core.types import Candidate, Chooser, Evaluation, Measurement, Method, Plan, Provenance, State
 from autocompress.evaluators.objectives import Objective
@@ -159,6 +160,21 @@ def test_workers_that_hang_die_or_run_out_of_memory_become_recorded_failures(tmp
     assert "out of memory" in found["memory"]["reason"]
     assert "ZeroDivisionError: division by zero" in found["raise"]["reason"]
     assert "size is nan" in found["nan"]["reason"]
+
+
+def test_a_journal_file_whose_last_write_was_cut_off_goes_on(tmp_path: Path) -> None:
+    url = f"journal:{tmp_path / 'study.log'}"
+
+    def add(x: float) -> None:
+        attributes: dict[str, Any] = {"params": {}, "distributions": {}, "user_attrs": {"x": x}, "system_attrs": {}}
+        Database(url, ["minimize"], ["size"]).add(state=TrialState.COMPLETE, values=[x], seconds=0, **attributes)
+
+    add(0.1)
+    with open(tmp_path / "study.log", "ab") as journal:  # as a full disk or kill -9 leaves it
+        journal.write(b'{"op_code":4,"worker_id":"3f')
+    add(0.2)
+    add(0.3)
+    assert [trial.values for trial in Database(url).trials()] == [[0.1], [0.2], [0.3]]
 
 
 @pytest.mark.slow
