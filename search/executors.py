@@ -204,12 +204,10 @@ class RayExecutor:
             result = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
             self._crew.give_back(job.seat)
-            cause = error.cause if isinstance(error.cause, Exception) else error
-            lost = cause if isinstance(cause, DeviceLostError) else storage_trouble(cause)
-            if lost is not None:
-                self._lost = lost
+            if isinstance(error.cause, DeviceLostError):
+                self._lost = error.cause
                 return None
-            return failed(job.candidate, cause, seconds)
+            return failed(job.candidate, error.cause if isinstance(error.cause, Exception) else error, seconds)
         except self._ray.exceptions.RayError as error:
             self._crew.dismiss(job.seat)
             return self._try_again(job, error, seconds)
@@ -285,4 +283,10 @@ class _Worker:
 
             torch.set_num_threads(self._threads)
         self._ready = True
-        return self._evaluate(candidate)
+        try:
+            return self._evaluate(candidate)
+        except Exception as error:
+            trouble = storage_trouble(error)
+            if trouble is None:
+                raise
+            raise trouble from error

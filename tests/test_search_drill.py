@@ -35,9 +35,9 @@ HERE = Path(__file__).parent
 MARKS, STARTS = "DRILL_MARKS", "DRILL_STARTS"  # environment variables: a folder for marks, and what comes first
 SEARCH = [sys.executable, "-c", "import test_search_drill; from autocompress.cli import main; main()", "search"]
 # What a candidate does, by its number, where it is one of those that come first.
-KILLED, HANGS, NAN, MEMORY, FIRST, SECOND, FILLS, FILLS_LATE, LOCKS = 10, 20, 30, 40, 50, 51, 60, 70, 80
-GATES = {KILLED: "killed", FIRST: "node", SECOND: "node", LOCKS: "locked"}
-TIMEOUT = 20.0  # of a trial
+KILLED, HANGS, NAN, MEMORY, NODE, FILLS, FILLS_LATE, LOCKS = 10, 20, 30, 40, 50, 60, 70, 80
+GATES = {KILLED: "killed", NODE: "node", LOCKS: "locked"}
+TIMEOUT = 30.0  # of a trial; others need a second, or several in a new worker on a busy machine
 MAGIC = {NAN: np.float32(123.456), FILLS_LATE: np.float32(654.321)}  # weights by which a file tells what it is
 LOCK = (
     "import sqlite3, sys; c = sqlite3.connect(sys.argv[1], timeout=60, isolation_level=None);"
@@ -58,9 +58,9 @@ def began(number: int) -> list[tuple[str, int]]:
 def fill(ballast: Path) -> None:
     """Write a file until the disk takes nothing more."""
     with open(ballast, "wb", buffering=0) as file:
-        for piece in (1 << 16, 1 << 9, 1):
+        for size in (1 << 16, 1 << 9, 1):
             with suppress(OSError):
-                while file.write(bytes(piece)):
+                while file.write(bytes(size)):
                     pass
 
 
@@ -141,8 +141,6 @@ OBJECTIVES.add("drill", ac.Objective("drill", "minimize", "", function=measure))
 
 
 class Space:
-    """Prunes by a share that follows from the number."""
-
     @property
     def starts(self) -> list[dict[str, Any]]:
         return [{"number": int(number)} for number in os.environ[STARTS].split()]
@@ -155,8 +153,8 @@ class Space:
 SPACE = Space()
 
 
-def wait_until(condition: Callable[[], bool], seconds: float, driver: subprocess.Popen[str] | None = None) -> None:
-    end = time.monotonic() + seconds
+def wait_until(condition: Callable[[], bool], driver: subprocess.Popen[str] | None = None) -> None:
+    end = time.monotonic() + 240
     while not condition():
         assert driver is None or driver.poll() is None, "the driver ended"
         assert time.monotonic() < end, "waited too long"
@@ -278,18 +276,9 @@ def test_a_study_locked_for_longer_than_a_minute_ends_the_search_until_it_is_res
 
 
 def search(run: Path, trials: int) -> None:
-    ac.run_search(
-        "digits-cnn",
-        space=SPACE,
-        target="arm/pixel3",
-        objectives=["size", "drill"],
-        trials=trials,
-        out=run,
-        executor="inline",
-        sampler="random",
-        finetune_steps=0,
-        verify_time=0,
-    )
+    settings = {"target": "arm/pixel3", "objectives": ["size", "drill"], "sampler": "random"}
+    settings |= {"executor": "inline", "finetune_steps": 0, "verify_time": 0}
+    ac.run_search("digits-cnn", space=SPACE, trials=trials, out=run, **settings)
 
 
 def resume(run: Path) -> None:
@@ -302,7 +291,7 @@ def lock_holder(database: Path, seconds: float = 300.0) -> Iterator[None]:
     done = threading.Event()
 
     def hold() -> None:
-        wait_until(lambda: bool(began(LOCKS)) or done.is_set(), 120)
+        wait_until(lambda: bool(began(LOCKS)) or done.is_set())
         with locked(database):
             (marks() / GATES[LOCKS]).touch()
             done.wait(seconds)
@@ -320,46 +309,35 @@ class Drivers:
     """The processes of a search, one after the other."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.count = folder, 0
-        self.process: subprocess.Popen[str] | None = None
+        self.folder, self.errors, self.started = folder, folder / "errors", []
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        self.count += 1
-        with open(self.folder / f"out-{self.count}", "w") as out, open(self.errors, "w") as errors:
-            self.process = subprocess.Popen(
-                [*SEARCH, *arguments], cwd=self.folder, stdout=out, stderr=errors, text=True, start_new_session=True
-            )
-        return self.process
-
-    @property
-    def errors(self) -> Path:
-        return self.folder / f"errors-{self.count}"
-
-    def kill(self) -> None:
-        assert self.process is not None
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        with open(self.errors, "w") as errors:
+            settings = {"cwd": self.folder, "stdout": subprocess.DEVNULL, "stderr": errors, "start_new_session": True}
+            self.started.append(subprocess.Popen([*SEARCH, *arguments], text=True, **settings))
+        return self.started[-1]
 
 
 @pytest.fixture
 def drivers(tmp_path: Path) -> Iterator[Drivers]:
     made = Drivers(tmp_path)
     yield made
-    if made.process is not None:
-        made.kill()
+    for process in made.started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 @pytest.fixture
 def cluster(disk: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A Ray cluster of two nodes with a core each, whose workers know this module."""
+    """A Ray cluster of two nodes with a core each, beside the head; its workers know this module."""
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setenv(STARTS, f"200 201 {KILLED} {HANGS} 202 203 {NAN} {MEMORY} {FIRST} {SECOND}")
-    settings = {"num_cpus": 1, "object_store_memory": 100 << 20}
-    made = Cluster(initialize_head=True, head_node_args={**settings, "include_dashboard": False})
-    made.other = made.add_node(**settings)
+    monkeypatch.setenv(STARTS, f"200 201 {KILLED} {HANGS} 202 203 {NAN} {MEMORY} {NODE}")
+    memory = {"object_store_memory": 100 << 20}
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **memory})
+    made.nodes = {node.node_id: node for node in [made.add_node(num_cpus=1, **memory) for _ in range(2)]}
     yield made
     made.shutdown()
 
@@ -377,33 +355,32 @@ def test_a_search_to_which_everything_happens_ends_whole(
         *("--address", cluster.address, "--workers", "2", "--trial-timeout", f"{TIMEOUT:g}s", "--out", str(run)),
     )
     # A worker is killed.
-    wait_until(lambda: bool(began(KILLED)), 120, driver)
+    wait_until(lambda: bool(began(KILLED)), driver)
     os.kill(began(KILLED)[0][1], signal.SIGKILL)
     (marks() / "killed").touch()
     # The storage is locked for 20 s, from before the driver writes the next result; one candidate hangs meanwhile.
-    wait_until(lambda: bool(began(HANGS)), 60, driver)
+    wait_until(lambda: bool(began(HANGS)), driver)
     with locked(run / "study.db"):
         seen.append(rows(run))
         measured = len(list(marks().glob("measured-*")))
-        wait_until(lambda: len(list(marks().glob("measured-*"))) > measured, 60, driver)
+        wait_until(lambda: len(list(marks().glob("measured-*"))) > measured, driver)
         time.sleep(20)
         assert rows(run) == seen[0]
-    wait_until(lambda: HANGS in recorded(run), 60, driver)
-    # A node is lost, with a worker on it; each node has one.
-    wait_until(lambda: {node for n in (FIRST, SECOND) for node, _ in began(n)} == nodes_of(cluster), 60, driver)
-    cluster.remove_node(cluster.other, allow_graceful=False)
+    # A node is lost, with the worker on it.
+    wait_until(lambda: bool(began(NODE)), driver)
+    cluster.remove_node(cluster.nodes[began(NODE)[0][0]], allow_graceful=False)
     (marks() / "node").touch()
-    wait_until(lambda: {FIRST, SECOND} <= recorded(run), 120, driver)
+    wait_until(lambda: {HANGS, NODE} <= recorded(run), driver)
     # The driver is killed, and resumed.
     seen.append(rows(run))
     driver.kill()
     driver.wait()
     driver = drivers.start("--resume", str(run))
-    wait_until(lambda: len(rows(run)) > len(seen[1]), 120, driver)
+    wait_until(lambda: len(rows(run)) > len(seen[1]), driver)
     # The disk is full: the search ends by itself.
     if not disk:
         fill(tmp_path / "disk" / "ballast")
-        assert driver.wait(120) == 2
+        assert driver.wait(240) == 2
         told = drivers.errors.read_text()
         assert told.startswith("error: no space left for ")
         assert told.count("\n") == 1, told
@@ -412,16 +389,11 @@ def test_a_search_to_which_everything_happens_ends_whole(
         assert len(seen[1]) < len(seen[2]) < trials
         (tmp_path / "disk" / "ballast").unlink()
         driver = drivers.start("--resume", str(run))
-    assert driver.wait(200) == 0, drivers.errors.read_text()
+    assert driver.wait(400) == 0, drivers.errors.read_text()
 
     reasons = {HANGS: f"took longer than {TIMEOUT:g} s", NAN: "drill is nan", MEMORY: "out of memory: "}
     check_whole(run, trials, reasons, seen)
-    times = {number: len(began(number)) for number in (KILLED, HANGS, NAN, MEMORY)}
-    assert times == {KILLED: 2, HANGS: 1, NAN: 1, MEMORY: 1}
-    assert sorted(len(began(number)) for number in (FIRST, SECOND)) == [1, 2], "one was tried again elsewhere"
+    times = {number: len(began(number)) for number in (KILLED, HANGS, NAN, MEMORY, NODE)}
+    assert times == {KILLED: 2, HANGS: 1, NAN: 1, MEMORY: 1, NODE: 2}
     if disk:
         pytest.skip(f"whole, but for the full disk, which could not be tried: {disk}")
-
-
-def nodes_of(cluster: Any) -> set[str]:
-    return {cluster.head_node.node_id, cluster.other.node_id}
