@@ -38,7 +38,8 @@ from samplers import EDGES, SHARES, Problem, judge, make_problem
 from autocompress import AutoSampler
 from autocompress.core.errors import InputError
 from autocompress.hardware.latency_tables import read_table
-from autocompress.search.belief import Prior, spread_along
+from autocompress.search.belief import Prior
+from autocompress.search.improvement import spread_along
 
 CHECKPOINTS = (10, 20, 30, 50, 100, 200)
 WAYS = ("cold", "starts", "warm")

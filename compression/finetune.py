@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -54,6 +55,7 @@ class TrainingStep:
         optimizer: "sgd" or "adamw".
         ema: decay of averaged weights; 0 for none.
         patience: see `Schedule.patience`.
+        restarts: see `Schedule.restarts`; a search with rungs wants one at each.
         alpha: weight of the teachers' logits in the loss, 0 to 1 (response distillation, `distillation.Distillation`).
         temperature: softens the logits that are compared.
         hint: what is learned from the teachers' inner values besides: "none", "feature", "attention" or "relational";
@@ -82,6 +84,7 @@ class TrainingStep:
     weight_decay: float = 5e-4
     ema: float = 0.0
     patience: int = 0
+    restarts: tuple[float, ...] = ()
     alpha: float = 0.5
     temperature: float = 2.0
     hint: str = "none"
@@ -106,6 +109,9 @@ class TrainingStep:
             raise InputError(f"{name}: ema must be at least 0 and below 1, not {self.ema}")
         if self.optimizer not in OPTIMIZERS:
             raise InputError(f"{name}: optimizer must be one of {', '.join(OPTIMIZERS)}, not '{self.optimizer}'")
+        object.__setattr__(self, "restarts", tuple(self.restarts))  # JSON has lists only
+        if not all(0 < low < high for low, high in pairwise((*self.restarts, 1.0))):
+            raise InputError(f"{name}: restarts must be rising shares between 0 and 1, not {self.restarts}")
         self._check_teaching(name)
 
     def _check_teaching(self, name: str) -> None:
@@ -159,6 +165,7 @@ class TrainingStep:
             weight_decay=self.weight_decay,
             ema=self.ema,
             patience=self.patience,
+            restarts=self.restarts,
         )
 
     def train(

@@ -150,7 +150,7 @@ class _Rest(Schedule):
     skipped: int = 0
 
     def rate(self, step: int) -> float:
-        whole = Schedule(self.steps + self.skipped, lr=self.lr, warmup=self.warmup)
+        whole = Schedule(self.steps + self.skipped, lr=self.lr, warmup=self.warmup, restarts=self.restarts)
         return whole.rate(step + self.skipped)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -32,6 +33,8 @@ class Schedule:
         optimizer: "sgd" (Nesterov momentum) or "adamw".
         warmup: share of the steps in which the rate rises.
         ema: decay of the averaged weights that are returned; 0 for none.
+        restarts: shares of the steps, rising, at which the rate has come down to 0 and rises to `lr` once more (warm
+            restarts, Loshchilov and Hutter 2017, arXiv:1608.03983): a model that stops there is settled.
         patience: checks on the search split (20 in a whole run) without a lower loss after which training ends with
             the best weights seen; 0 trains to the end.
     """
@@ -46,13 +49,17 @@ class Schedule:
     warmup: float = 0.2
     ema: float = 0.0
     patience: int = 0
+    restarts: tuple[float, ...] = ()
 
     def rate(self, step: int) -> float:
         """Learning rate of step 0..steps-1."""
-        rise = max(1, round(self.warmup * self.steps))
-        if step < rise:
-            return self.lr * (step + 1) / rise
-        return self.lr * (self.steps - step) / max(1, self.steps - rise)
+        bounds = [0, *(round(share * self.steps) for share in self.restarts), self.steps]
+        place = bisect_right(bounds, step)
+        first, length = bounds[place - 1], bounds[place] - bounds[place - 1]
+        rise = max(1, round(self.warmup * length))
+        if step - first < rise:
+            return self.lr * (step - first + 1) / rise
+        return self.lr * (first + length - step) / max(1, length - rise)
 
 
 class Teaching(Protocol):

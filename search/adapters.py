@@ -19,6 +19,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import BaseTrial, FrozenTrial
 
 from ..core.codec import check_plan, describe_plan
+from ..core.disk import written_whole
 from ..core.errors import AutocompressError, InputError
 from ..core.types import Candidate, Data, Evaluation, Space, State, Task
 from ..evaluators.objectives import Constraint, check_metric, parse_constraint
@@ -30,7 +31,7 @@ from ..studies.point import make_folder
 from ..studies.report import write_reports
 from ..studies.rows import metrics_as_json
 from ..studies.study import Study
-from .config import make_config, save_config
+from .config import SearchConfig, make_config, save_config
 from .engine import Engine
 from .executors import Evaluate, InlineExecutor
 from .folder import Cleaner, only_driver
@@ -258,11 +259,11 @@ def as_objective(
             Candidate(()), record.state, record.metrics, record.reason, record.violations, record.artifact
         )
         own = fingerprint(task)
-        for part in parts if study.parts else []:
-            save_config(part.config, part.study.folder)
-            save_fingerprint(own, part.study.folder)
-        save_config(config, folder)
-        save_fingerprint(own, folder)
+        places: list[tuple[SearchConfig, Path]] = [(p.config, p.study.folder) for p in parts if study.parts]
+        for own_config, place in [*places, (config, folder)]:
+            with written_whole(place) as new:
+                save_config(own_config, new)
+                save_fingerprint(own, new)
         return TrialObjective(
             made, evaluate, untouched, study, limits, scalar, config.trial_timeout, parts, config.verify_time, held
         )

@@ -26,7 +26,7 @@ START = 20  # spread candidates before the first model
 FAR, NEAR = 400, 400  # random candidates, and variations of the front's, that a proposal is chosen from
 CLIMBS, SUMMITS = 2, 5  # then the best ones' neighbours, and theirs
 TRIES = 50  # of the best candidates, in case the space makes something seen of them
-LEAST_FULL = 5  # fully trained candidates from which on models say who is trained further
+LEAST_FULL = 2  # fully trained candidates from which on models say who is trained further
 LARGE = 2000  # trials from which models cost more than they bring: variations of the front follow
 EXPLORE, EXPLORE_SECONDS = 200, 5.0  # calls of the space, to know its parameters before the first trial
 

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.special import ndtr
 
 from .encoding import Encoding, row_keys
-from .improvement import expected_improvement, free_boxes, nondominated_rows
+from .improvement import expected_improvement, free_boxes, nondominated_rows, spread_along
 from .surrogate import FIT_ON, GaussianProcess, Hyperparameters, fit
 
 Known = Callable[[Sequence[Mapping[str, Any]]], Sequence[float]]
@@ -19,6 +19,7 @@ Worth = Callable[[np.ndarray], np.ndarray]
 MODEL_ON = 400  # observations in a model; beyond, the best and a random rest
 REFIT = 1.15  # growth in observations after which length scales are fitted anew
 BAD_TAIL = 2.0  # values further behind the median than twice the best is ahead of it are all the same: bad
+FEW = 0.1  # where candidates were trained in part, for what is bad then need not be, that holds for this share at most
 SPANS = 2.0  # ratio of largest to smallest from which a positive objective is modelled by its logarithm
 PRIOR_TRIALS = 3  # how many of its own trials a study must have to outweigh what earlier ones suggest
 FRONT = {1: 1000, 2: 1000, 3: 60, 4: 30}  # front points that improvement is computed over, by objectives; 12 for more
@@ -178,14 +179,13 @@ class Belief:
         believed = [seen.values[full]]
         guessed = np.concatenate([seen.running, seen.unfinished_rows() if guess else seen.running[:0]])
         if len(guessed):
+            # What is under way counts as found where it is expected, so that its neighbours promise little.
             mean, _ = predict(guessed)
             believed.append(np.where(logs, np.exp(np.where(logs, mean, 0.0)), mean))
-        if len(seen.running):
-            running, expected = _points(seen, seen.running), mean[: len(seen.running)]
             for j, model in enumerate(models):
                 if model is not None:
-                    apart = expected[:, j] - self._expected(seen, j, seen.running)[0]
-                    models[j] = self._objective(seen, j, chosen, logs[j], (running, apart))
+                    apart = mean[:, j] - self._expected(seen, j, guessed)[0]
+                    models[j] = self._objective(seen, j, chosen, logs[j], (_points(seen, guessed), apart))
         points = np.concatenate(believed)
         everything = np.concatenate([seen.values[seen.complete], *believed[1:]])
         if len(bad := self._worst_rows(seen)):
@@ -230,7 +230,8 @@ class Belief:
         believed: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> _Quantity:
         """A model of one objective, or of what earlier studies leave of it; `believed` points count as observed."""
-        values = _transformed(seen.values[chosen, objective], log)
+        few = 1.0 if (seen.fidelity >= 1.0).all() else FEW
+        values = _transformed(seen.values[chosen, objective], log, few)
         if self.priors and believed is None:
             self._weigh(seen, objective, chosen, values, log)
         points = _points(seen, seen.rows[chosen], seen.fidelity[chosen])
@@ -357,12 +358,13 @@ def _points(seen: Observations, rows: np.ndarray, fidelity: np.ndarray | None = 
     return np.column_stack([points, share])
 
 
-def _transformed(values: np.ndarray, log: bool) -> np.ndarray:
-    """Logarithms, or the values with their bad tail cut off: very bad candidates would take up the model."""
+def _transformed(values: np.ndarray, log: bool, most: float = 1.0) -> np.ndarray:
+    """Logarithms, or the values with their bad tail, at `most` such a share, cut off: it would take up the model."""
     if log:
         return np.log(values)
     middle, best = np.median(values), values.min()
-    return np.minimum(values, middle + BAD_TAIL * (middle - best)) if middle > best else values
+    worst = max(middle + BAD_TAIL * (middle - best), np.quantile(values, 1 - most))
+    return np.minimum(values, worst) if middle > best else values
 
 
 def _spans(values: np.ndarray) -> bool:
@@ -378,21 +380,3 @@ def domination_counts(values: np.ndarray) -> np.ndarray:
         no_worse &= column[:, None] <= column[None, :]
         better |= column[:, None] < column[None, :]
     return np.asarray((no_worse & better).sum(axis=0))
-
-
-def spread_along(values: np.ndarray, count: int) -> list[int]:
-    """Places of up to `count` rows of (n, objectives): the first objective's best, then always the farthest from all.
-
-    Distances are in units of each objective's range, as nothing else is known about what a difference is worth.
-    """
-    if not len(values) or count < 1:
-        return []
-    low, high = values.min(axis=0), values.max(axis=0)
-    points = (values - low) / np.where(high > low, high - low, 1.0)
-    chosen = [int(np.argmin(values[:, 0]))]
-    nearest = ((points - points[chosen[0]]) ** 2).sum(axis=1)
-    while len(chosen) < min(count, len(values)):
-        nearest[chosen] = -1.0
-        chosen.append(int(np.argmax(nearest)))
-        nearest = np.minimum(nearest, ((points - points[chosen[-1]]) ** 2).sum(axis=1))
-    return chosen

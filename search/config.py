@@ -58,7 +58,7 @@ class SearchConfig(BaseModel):
         trials: candidates to evaluate, baselines included.
         rungs: at how many lengths of training candidates are compared: the best go on from one to the next, only the
             last is full training (docs/fidelity.md); 1 trains every candidate in full.
-        reduction: of the candidates on a rung one in so many goes on, to so many times the training.
+        reduction: how much longer training is from one rung to the next, to which a third of the candidates go on.
         time: wall-clock budget in seconds ("30m" in YAML); none for no limit.
         verify_time: seconds at the end of a search in which points whose place on the front is in doubt are measured
             again (docs/fronts.md).
@@ -93,7 +93,7 @@ class SearchConfig(BaseModel):
     warm_start: list[str] = []
     trials: int = Field(40, ge=1)
     rungs: int = Field(1, ge=1, le=9)
-    reduction: int = Field(3, ge=2)
+    reduction: int = Field(9, ge=2)
     time: Duration | None = None
     verify_time: Annotated[float, BeforeValidator(seconds), Field(ge=0)] = 60.0
     trial_timeout: Duration = 1800.0

@@ -27,7 +27,7 @@ from ..studies.claims import piece_of
 from ..studies.study import FIDELITY, Study, read_record
 from .auto import AutoSampler
 from .executors import Executor
-from .rungs import Ladder
+from .rungs import Ladder, with_restarts
 from .samplers import VIOLATIONS
 
 REPEATS_IN_A_ROW = 200  # proposals without a new candidate after which the space counts as exhausted
@@ -91,7 +91,7 @@ class Engine:
     on_change: Callable[[Progress, Evaluation | None], None] = lambda progress, evaluation: None
     progress: Progress = field(default_factory=Progress)
     rungs: int = 1
-    reduction: int = 3
+    reduction: int = 9
 
     def __post_init__(self) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -101,6 +101,7 @@ class Engine:
         self._pending: dict[str, list[Trial | None]] = {}
         self._climbing: dict[str, Mapping[str, Any]] = {}
         self._ladder = Ladder(directions, self.rungs, self.reduction)
+        self.baselines = {name: with_restarts(plan, self._ladder.shares) for name, plan in self.baselines.items()}
         self._names = {plan_key(plan): name for name, plan in self.baselines.items()}
         self._claims = self.study.claims()
         self._elsewhere: dict[str, list[Trial]] = {}  # proposals that another search in the study evaluates
@@ -203,6 +204,7 @@ class Engine:
             try:
                 plan = self.space(trial)
                 check_plan(plan)
+                plan = with_restarts(plan, self._ladder.shares)
             except Exception as error:  # the space is the user's code: a failing one is a failed trial
                 self._record_broken(trial, error)
                 in_a_row += 1
@@ -235,7 +237,8 @@ class Engine:
     def _is_start(self, plan: Plan) -> bool:
         """Whether the space's own start points lead to this plan (its trial then has parameters)."""
         for params in getattr(self.space, "starts", []):
-            if plan_key(self.space(optuna.trial.FixedTrial(params))) == plan_key(plan):
+            start = with_restarts(self.space(optuna.trial.FixedTrial(params)), self._ladder.shares)
+            if plan_key(start) == plan_key(plan):
                 return True
         return False
 

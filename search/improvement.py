@@ -85,3 +85,21 @@ def _lognormal_shortfall(mean: np.ndarray, deviation: np.ndarray, bound: np.ndar
     """E[(bound - y)+] of y whose logarithm is normal; bounds are positive (Black and Scholes' put)."""
     z = (np.log(bound) - mean) / deviation
     return np.asarray(bound * ndtr(z) - np.exp(mean + 0.5 * deviation**2) * ndtr(z - deviation))
+
+
+def spread_along(values: np.ndarray, count: int) -> list[int]:
+    """Places of up to `count` rows of (n, objectives): the first objective's best, then always the farthest from all.
+
+    Distances are in units of each objective's range, as nothing else is known about what a difference is worth.
+    """
+    if not len(values) or count < 1:
+        return []
+    low, high = values.min(axis=0), values.max(axis=0)
+    points = (values - low) / np.where(high > low, high - low, 1.0)
+    chosen = [int(np.argmin(values[:, 0]))]
+    nearest = ((points - points[chosen[0]]) ** 2).sum(axis=1)
+    while len(chosen) < min(count, len(values)):
+        nearest[chosen] = -1.0
+        chosen.append(int(np.argmax(nearest)))
+        nearest = np.minimum(nearest, ((points - points[chosen[-1]]) ** 2).sum(axis=1))
+    return chosen

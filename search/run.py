@@ -41,6 +41,7 @@ from .config import SearchConfig, load_config, make_config, save_config
 from .engine import Engine, Progress
 from .executors import Executor, InlineExecutor, make_ray_executor
 from .folder import Cleaner, only_driver
+from .rungs import shares_of, with_restarts
 from .samplers import ONE_NUMBER, make_sampler
 from .several import Part, SeveralTargets, joint_evaluator, joint_study, make_parts, scalar_of, shared_capabilities
 from .sharing import Exchange, travelling
@@ -197,7 +198,8 @@ def _run(config: SearchConfig, folder: Path, task: Task | None, space: Space | N
     for text in gone:
         watcher.trouble(text)
     with only_driver(folder):
-        cut = uniform_cut(task, config.finetune_steps, config.seed)
+        shares = shares_of(config.rungs, config.reduction)
+        cut = with_restarts(uniform_cut(task, config.finetune_steps, config.seed), shares)
         parts = make_parts(config, folder, task, backends, constraints, cut)
         own = fingerprint(task)
         files = {part.target: earlier_files(runs, own, part.evaluator.backend.name) for part in parts}

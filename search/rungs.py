@@ -13,10 +13,33 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..compression.finetune import TrainingStep
 from ..core.errors import InputError
-from ..core.types import Candidate
+from ..core.types import Candidate, Plan
 
+# Of the candidates on a rung one in so many is trained further. ASHA has this number equal to the factor of training;
+# with a ninth of the training on the lower rung, one in nine leaves too little for full training.
+GO_ON = 3
 MARGIN = 0.1  # of the range of each objective, by which the reference point of hypervolumes lies beyond the worst
+
+
+def shares_of(rungs: int, reduction: int) -> tuple[float, ...]:
+    """The shares of full training that candidates stop at, rising: those of all rungs but the last."""
+    return tuple(float(reduction) ** (place + 1 - rungs) for place in range(rungs - 1))
+
+
+def with_restarts(plan: Plan, shares: tuple[float, ...]) -> Plan:
+    """The plan with a learning rate that comes down to 0 and starts again at each of the shares.
+
+    A model that stops in the middle of a schedule, at a high rate, tells little of what it will be: that of digits-cnn
+    less after a third of the steps than after a ninth. Steps that have restarts of their own keep them.
+    """
+    return tuple(
+        dataclasses.replace(step, restarts=shares)
+        if shares and isinstance(step, TrainingStep) and not step.restarts
+        else step
+        for step in plan
+    )
 
 
 Gains = Callable[[Sequence[Candidate]], np.ndarray | None]
@@ -44,18 +67,21 @@ class Ladder:
     Args:
         directions: of the objectives.
         rungs: how many fidelities there are, the full one included.
-        reduction: of the candidates on a rung one in so many goes on, to so many times the training.
+        reduction: how much longer training is from one rung to the next.
+
+    Attributes:
+        shares: see `shares_of`.
 
     Raises:
         InputError: fewer than 1 rung, or a reduction below 2.
     """
 
-    def __init__(self, directions: Sequence[str], rungs: int = 1, reduction: int = 3) -> None:
+    def __init__(self, directions: Sequence[str], rungs: int = 1, reduction: int = 9) -> None:
         if rungs < 1 or reduction < 2:
             raise InputError(f"expected at least 1 rung and a reduction of 2 or more, not {rungs} and {reduction}")
-        self.reduction = reduction
         self._signs = np.array([-1.0 if direction == "maximize" else 1.0 for direction in directions])
-        self._rungs = [_Rung(float(reduction) ** (place + 1 - rungs)) for place in range(rungs - 1)]
+        self.shares = shares_of(rungs, reduction)
+        self._rungs = [_Rung(share) for share in self.shares]
         self._last: dict[int, tuple[tuple[int, int], list[str]]] = {}
 
     @property
@@ -80,9 +106,9 @@ class Ladder:
     def next(self, last_call: bool = False, gains: Gains | None = None) -> Candidate | None:
         """The candidate to train further now, with its new fidelity; None where none has earned it.
 
-        One in `reduction` of a rung goes on; upper rungs come first. Where `gains` knows what full training of
-        candidates brings, it is the most promising of those that have not gone on yet; else the best one of these that
-        are among the first 1/reduction of their rung.
+        One in three of a rung goes on; upper rungs come first. Where `gains` knows what full training of candidates
+        brings, it is the most promising of those that have not gone on yet; else the best one of these that are among
+        the first third of their rung.
 
         Args:
             last_call: no more results will come: shares are rounded up, so that something gets to the top.
@@ -90,7 +116,7 @@ class Ladder:
         """
         for place in reversed(range(len(self._rungs))):
             rung = self._rungs[place]
-            count = (len(rung.entries) + (self.reduction - 1 if last_call else 0)) // self.reduction
+            count = (len(rung.entries) + (GO_ON - 1 if last_call else 0)) // GO_ON
             gone = sum(key in rung.left for key in rung.entries)
             key = self._promising(rung, gains) if gains and gone < count else None
             if key is None and (not gains or gone < count):

@@ -27,8 +27,9 @@ from ..evaluators.objectives import find_objective, joint_names
 from ..evaluators.reuse import EarlierFile
 from ..evaluators.scalar import Scalar
 from ..studies.study import Record, Study
-from .belief import Prior, domination_counts, spread_along
+from .belief import Prior, domination_counts
 from .config import SearchConfig
+from .improvement import spread_along
 
 LOOKS, LOOK_SECONDS = 100, 3.0  # calls of a space to learn its parameters
 STARTS = 4  # one trial in so many, at most, goes to candidates of earlier runs

@@ -24,6 +24,7 @@ SHARES = (1 / 9, 1 / 3, 1.0)
 TEACHING = {"teachers": ("self", "original"), "hint": "feature"}
 STEPS: dict[str, tuple[Operator, TrainingStep]] = {
     "distilled, with momentum": (Prune(0.5), Finetune(9, batch_size=32)),
+    "with restarts": (Prune(0.5), Finetune(9, batch_size=32, restarts=(1 / 9, 1 / 3))),
     "rounded": (Prune(0.5), Qat(9, bits=4, batch_size=32)),
     "made sparse by movement": (Prune(0.25), GradualPrune(9, every=2, criterion="movement", batch_size=32)),
 }

@@ -102,6 +102,20 @@ def test_the_rate_peaks_at_lr_and_ends_near_zero(steps: int, warmup: float) -> N
         assert rates[peak:] == sorted(rates[peak:], reverse=True)
 
 
+def test_restarts_are_schedules_one_after_the_other() -> None:
+    schedule = Schedule(90, lr=0.4, restarts=(1 / 9, 1 / 3))
+    expected = [part.rate(step) for part in (Schedule(n, lr=0.4) for n in (10, 20, 60)) for step in range(part.steps)]
+    assert [schedule.rate(step) for step in range(90)] == pytest.approx(expected)
+    few = Schedule(2, lr=0.4, restarts=(1 / 9, 1 / 3))  # less than a step for the first
+    assert all(0 < few.rate(step) <= 0.4 for step in range(2))
+
+
+@pytest.mark.parametrize("restarts", [(0.5, 0.5), (0.6, 0.3), (0.0,), (1.0,), (-0.1, 0.5)])
+def test_restarts_that_do_not_rise_between_0_and_1_are_refused(restarts: tuple[float, ...]) -> None:
+    with pytest.raises(InputError, match="restarts must be rising shares between 0 and 1"):
+        Finetune(10, restarts=restarts)
+
+
 def test_augmentation_without_shift_or_flip_changes_nothing() -> None:
     images = pixels(0)
     assert np.array_equal(augment(images, 0, False, np.random.default_rng(0)), images)

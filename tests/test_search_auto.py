@@ -231,7 +231,7 @@ def test_results_at_low_fidelity_are_told_apart() -> None:
         return (1 / bits if fidelity < 1 else 0.01 * bits), 1.0 + trial.suggest_float("x", 0, 1)
 
     study = study_of(ac.AutoSampler(0, start=20))
-    for number in range(24):
+    for number in range(40):
         trial = study.ask()
         study.tell(trial, objective(trial, 0.1 if number % 2 else 1.0))
     proposals = [study.ask() for _ in range(6)]

@@ -19,11 +19,12 @@ import pytest
 import autocompress as ac
 from autocompress import Prune, Quantize
 from autocompress.compression.finetune import Finetune
+from autocompress.core.codec import decode_plan
 from autocompress.core.types import Candidate, Chooser, Evaluation, Measurement, Method, Plan, Provenance, State
 from autocompress.evaluators.objectives import find_objective
 from autocompress.search.engine import Engine
 from autocompress.search.executors import InlineExecutor
-from autocompress.search.rungs import Ladder
+from autocompress.search.rungs import Ladder, shares_of, with_restarts
 from autocompress.search.samplers import make_sampler
 from autocompress.studies.storage import Database, sqlite_url
 from autocompress.studies.study import Study
@@ -72,6 +73,8 @@ def test_upper_rungs_come_first_and_the_last_call_gets_someone_to_the_top() -> N
 
 def test_feasible_candidates_come_first_then_hypervolume_decides_within_a_front() -> None:
     ladder = Ladder(DIRECTIONS, rungs=2, reduction=2)
+    for number in range(3):
+        ladder.add(candidate(0.7 + 0.1 * number, 0.5), (0.01, 10.0), [0.3])  # hopeless
     ladder.add(candidate(0.1, 0.5), (0.99, 1.0), [0.2])  # the best, but outside a limit
     ladder.add(candidate(0.2, 0.5), (0.90, 9.0), [0.0])
     ladder.add(candidate(0.3, 0.5), (0.80, 5.0), [0.0])  # the knee of the front
@@ -82,7 +85,7 @@ def test_feasible_candidates_come_first_then_hypervolume_decides_within_a_front(
 
 
 def test_of_two_good_ones_that_are_alike_one_goes_on_early() -> None:
-    ladder = Ladder(DIRECTIONS, rungs=2, reduction=4)
+    ladder = Ladder(DIRECTIONS, rungs=2, reduction=2)
     knee, twin, accurate, small = (0.80, 3.0), (0.801, 3.01), (0.90, 9.0), (0.10, 2.0)
     for ratio, values in zip((0.1, 0.2, 0.3, 0.4), (accurate, small, knee, twin), strict=True):
         ladder.add(candidate(ratio, 0.5), values, [])
@@ -91,13 +94,13 @@ def test_of_two_good_ones_that_are_alike_one_goes_on_early() -> None:
 
 def test_a_model_of_full_training_decides_who_goes_on_within_the_same_share() -> None:
     ladder = Ladder(DIRECTIONS, rungs=2, reduction=2)
-    for ratio in (0.1, 0.2, 0.3, 0.4):
+    for ratio in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
         ladder.add(candidate(ratio, 0.5), (1 - ratio, 10 * ratio), [])
-    assert ratio_of(ladder.next(gains=lambda found: np.array([c.params["x"] for c in found]))) == 0.4
+    assert ratio_of(ladder.next(gains=lambda found: np.array([c.params["x"] for c in found]))) == 0.6
     assert ratio_of(ladder.next(gains=lambda found: np.array([-c.params["x"] for c in found]))) == 0.1
-    assert ladder.next(gains=lambda found: np.ones(len(found))) is None  # half of them have gone
-    ladder.add(candidate(0.5, 0.5), (0.0, 0.0), [])
-    ladder.add(candidate(0.6, 0.5), (0.0, 9.0), [])
+    assert ladder.next(gains=lambda found: np.ones(len(found))) is None  # a third of them have gone
+    for ratio in (0.7, 0.8, 0.9):
+        ladder.add(candidate(ratio, 0.5), (0.0, 10 * ratio - 7), [])
     assert ratio_of(ladder.next(gains=lambda found: None)) is not None  # as without, while too little is known
 
 
@@ -159,6 +162,7 @@ def search(folder: Path, evaluate: Learning, trials: int, sampler: Any = None) -
         trials=trials,
         baselines={"untouched": ()},
         rungs=3,
+        reduction=3,
     )
     engine.run()
     return study, engine
@@ -256,7 +260,7 @@ def study(tmp_path_factory: pytest.TempPathFactory, measured: list[str]) -> Stud
         patch.setattr(EdgeTpuBackend, "measure", counted)
         return ac.run_search(
             "digits-cnn", "digits", Cuts(), target="tpu/edgetpu", trials=7, executor="inline", finetune_steps=18,
-            rungs=2, sampler="random", verify_time=0, out=tmp_path_factory.mktemp("runs") / "rungs",
+            rungs=2, reduction=3, sampler="random", verify_time=0, out=tmp_path_factory.mktemp("runs") / "rungs",
         )  # fmt: skip
 
 
@@ -307,9 +311,20 @@ def test_full_training_on_rungs_is_full_training(study: Study) -> None:
     task = ac.load_task("digits-cnn", "digits")
     climbed = next(r for r in study.records() if r.state is State.COMPLETE and r.steps == 18 and not r.baseline)
     model = task.build()
-    for step in Cuts()(optuna.trial.FixedTrial(dict(climbed.params))):
+    for step in decode_plan(climbed.plan):
         model = step(model, task)
     assert climbed.metrics["accuracy"].value == pytest.approx(accuracy(model, task.data, task.data.search), abs=0.003)
+
+
+def test_the_learning_rate_starts_again_where_candidates_stop(study: Study) -> None:
+    for record in study.records():
+        for step in record.plan:
+            if step["op"] == "Finetune":
+                assert step["restarts"] == pytest.approx([1 / 3])
+    own = Finetune(18, restarts=(0.5,))
+    assert with_restarts((Prune(0.5), own, Quantize(8)), (1 / 3,)) == (Prune(0.5), own, Quantize(8))
+    assert with_restarts((Finetune(18),), shares_of(3, 3)) == (Finetune(18, restarts=(1 / 9, 1 / 3)),)
+    assert with_restarts((Finetune(18),), shares_of(1, 3)) == (Finetune(18),)
 
 
 @pytest.mark.parametrize("flags", [("--rungs", "0"), ("--reduction", "1")])
@@ -324,8 +339,23 @@ SEARCH = [sys.executable, "-m", "autocompress", "search"]
 
 @pytest.mark.slow
 def test_a_killed_driver_trains_nothing_twice(tmp_path: Path) -> None:
-    arguments = ["--rungs", "3", "--space", "prune", "--finetune-steps", "90", "--trials", "12", "--out", "run"]
+    arguments = [
+        "--rungs",
+        "3",
+        "--reduction",
+        "3",
+        "--space",
+        "prune",
+        "--finetune-steps",
+        "90",
+        "--trials",
+        "12",
+        "--out",
+        "run",
+    ]
     limits = [
+        "--space",
+        "prune",
         "--target",
         "tpu/edgetpu",
         "--executor",
@@ -361,7 +391,7 @@ def test_several_targets_share_the_training_on_every_rung(tmp_path: Path) -> Non
     targets = ["x86/onnxruntime", "tpu/edgetpu"]
     joint = ac.run_search(
         "digits-cnn", "digits", "prune", target=targets, trials=8, executor="inline", finetune_steps=18, rungs=2,
-        threads=1, verify_time=0, objectives=["accuracy", "latency"], out=tmp_path / "run",
+        reduction=3, threads=1, verify_time=0, objectives=["accuracy", "latency"], out=tmp_path / "run",
     )  # fmt: skip
     states = {record.state for record in joint.records()}
     assert states == {State.STOPPED, State.COMPLETE}

@@ -19,8 +19,8 @@ from autocompress.core.errors import InputError
 from autocompress.core.types import Measurement, Method, Provenance
 from autocompress.evaluators.reuse import same_graph
 from autocompress.hardware.targets import make_backend
-from autocompress.search.belief import spread_along
 from autocompress.search.config import SearchConfig
+from autocompress.search.improvement import spread_along
 from autocompress.search.transfer import Earlier, figure, fingerprint, start_points, warm_start
 
 ROOT = Path(__file__).parents[1]

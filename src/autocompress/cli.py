@@ -108,7 +108,7 @@ def search(
         typer.Option(help="Train all candidates a little and only the best on, in so many rungs; 1: all in full."),
     ] = None,
     reduction: Annotated[
-        int | None, typer.Option(help="With --rungs: one candidate in so many goes on, for so many times the steps.")
+        int | None, typer.Option(help="With --rungs: from one to the next, so many times the training; default: 9.")
     ] = None,
     time: Annotated[str | None, typer.Option(help="Wall-clock budget, such as 30m.")] = None,
     verify_time: Annotated[
